@@ -1,0 +1,162 @@
+"""The values every other module speaks in, and the one family of errors.
+
+Owns the nouns (Connection, Owner, Job, Witness) and nothing else: no I/O, no clock, no
+configuration. Everything imports this module; it imports nothing of ours.
+
+A fact that may be unknown is Optional here, never 0 or -1: uid 0 is root and pid 0 is the
+idle task, so a zero that means "unknown" would one day be believed.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from dataclasses import dataclass
+from typing import Optional, Tuple, Union
+
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+
+# Largest uid the kernel hands out; (uid_t)-1 is "no uid" (setreuid(2), overflow in user namespaces).
+UID_MAX = 0xFFFFFFFE
+# PID_MAX_LIMIT on 64-bit kernels, include/linux/threads.h.
+PID_MAX = 4 * 1024 * 1024
+
+
+class AdoptdError(Exception):
+    """Base of every error this project raises on purpose. The text names the object concerned."""
+
+
+class ConfigError(AdoptdError):
+    """The configuration is wrong: names the file, the key, what was found and what was expected."""
+
+
+class ProtocolError(AdoptdError):
+    """A message from outside breaks its format. Says which field and why; the sender gets no more."""
+
+
+class ProbeError(AdoptdError):
+    """The BPF probe cannot be loaded, opened or trusted."""
+
+
+class WitnessUnavailable(AdoptdError):
+    """A witness cannot be asked at all on this host (not: it does not know this connection)."""
+
+
+class Ambiguous(AdoptdError):
+    """More than one answer fits the question, so there is none: never pick one of them."""
+
+
+class JobManagerError(AdoptdError):
+    """The job manager cannot be asked which jobs there are. This is not the same as "no jobs"."""
+
+
+class AdoptionFailed(AdoptdError):
+    """The process is not in the job, or could not be shown to be. Nothing half-done is left."""
+
+
+class Witness(enum.Enum):
+    """Who named the owner of a connection, most trusted first."""
+
+    BPF = "bpf"
+    DIAG = "diag"
+    CONNTRACK = "conntrack"
+    PROC = "proc"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One end of a TCP connection. IPv4-mapped IPv6 addresses are held as IPv4.
+
+    The two spellings name one endpoint (RFC 4291, 2.5.5.2): a dual-stack sshd reports
+    ``::ffff:10.0.0.1`` for what the client's socket calls ``10.0.0.1``.
+
+    Raises ValueError if the port is not in 1..65535.
+    """
+
+    address: IPAddress
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 0xFFFF:
+            raise ValueError(f"port {self.port} is not in 1..65535")
+        if isinstance(self.address, ipaddress.IPv6Address):
+            mapped = self.address.ipv4_mapped
+            if mapped is not None:
+                object.__setattr__(self, "address", mapped)
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """Read ``10.0.0.1:22`` or ``[fd00::1]:22``. Raises ValueError naming the text."""
+        host, colon, port = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        if bracketed:
+            host = host[1:-1]
+        try:
+            if not colon or not port.isascii() or not port.isdigit():
+                raise ValueError("no port")
+            address = ipaddress.ip_address(host)
+            if (address.version == 6) != bracketed:
+                raise ValueError("brackets go with IPv6 and only with it")
+            return cls(address, int(port))
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not IPV4:PORT or [IPV6]:PORT ({error})") from None
+
+    def __str__(self) -> str:
+        if self.address.version == 6:
+            return f"[{self.address}]:{self.port}"
+        return f"{self.address}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A TCP connection: ``source`` is the end that called connect(), ``destination`` the end that accepted.
+
+    Raises ValueError if the two ends are of different IP versions.
+    """
+
+    source: Endpoint
+    destination: Endpoint
+
+    def __post_init__(self) -> None:
+        if self.source.address.version != self.destination.address.version:
+            raise ValueError(f"{self.source} and {self.destination} are of different IP versions")
+
+    @property
+    def version(self) -> int:
+        """IP version, 4 or 6."""
+        return self.source.address.version
+
+    def __str__(self) -> str:
+        return f"{self.source} > {self.destination}"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who made a connection, in the words of one witness.
+
+    ``uid`` and ``cgroup_id`` are as they were when the witness noted them (BPF: in connect();
+    diag: in socket(); proc: now). ``cgroup_id`` is the 64-bit id in the cgroup-v2 hierarchy.
+    ``connected_at_ns`` is CLOCK_BOOTTIME. ``pid`` is a thread group id in the initial pid namespace.
+    """
+
+    witness: Witness
+    uid: int
+    pid: Optional[int] = None
+    cgroup_id: Optional[int] = None
+    connected_at_ns: Optional[int] = None
+    comm: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job on this node.
+
+    ``id`` is the job manager's name for it, the same on every node. ``identity`` cannot be reused
+    (for cgroups: inode numbers, which the kernel counts up): two jobs of one id at different times
+    have different identities. ``created`` orders jobs of one backend by creation; it is no time.
+    """
+
+    id: str
+    uid: int
+    created: int
+    identity: Tuple[int, ...]

@@ -1,0 +1,67 @@
+"""A bounded pool of threads for calls that may block: munged, the job manager, a walk of /proc.
+
+Owns the rule that a stuck callee costs a bounded number of threads and no request more than its
+deadline. A call that outlives its deadline is abandoned, not awaited: its thread ends when the callee's
+own timeout does, and until then counts against the bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, TypeVar
+
+from adoptd.deadline import Deadline
+from adoptd.model import AdoptdError
+
+_T = TypeVar("_T")
+
+
+class OutOfTime(AdoptdError):
+    """The deadline passed before the call returned."""
+
+
+class Overloaded(AdoptdError):
+    """So many calls are under way or waiting that one more would only wait past its deadline."""
+
+
+class Workers:
+    """``threads`` threads, and at most ``backlog`` calls under way or waiting at once."""
+
+    def __init__(self, name: str, threads: int, backlog: int) -> None:
+        self._name = name
+        self._backlog = backlog
+        self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
+        self._lock = threading.Lock()
+        self._pending = 0
+
+    @property
+    def pending(self) -> int:
+        """Calls under way or waiting, abandoned ones included."""
+        return self._pending
+
+    async def run(self, call: Callable[[], _T], deadline: Deadline) -> _T:
+        """The result of ``call()``, made in a thread. Raises what it raises, OutOfTime or Overloaded."""
+        with self._lock:
+            if self._pending >= self._backlog:
+                raise Overloaded(f"{self._name}: {self._pending} calls are under way, at most {self._backlog}")
+            self._pending += 1
+        try:
+            future = self._executor.submit(call)
+        except BaseException:
+            self._finished(None)
+            raise
+        future.add_done_callback(self._finished)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), deadline.remaining_s())
+        except asyncio.TimeoutError:
+            raise OutOfTime(f"{self._name}: no result within the deadline") from None
+
+    def close(self) -> None:
+        """Take no more calls. Threads that are stuck are not waited for."""
+        self._executor.shutdown(wait=False)
+
+    def _finished(self, _: object) -> None:
+        with self._lock:
+            self._pending -= 1
