@@ -1,0 +1,202 @@
+"""The callerid question and its answer: what the agents of two nodes say to each other.
+
+Owns the payload inside the seal, nothing of the seal itself. Both are JSON objects with exactly the
+keys below; ARCHITECTURE.md gives the layout with widths, so that a second implementation can be
+written from it. Called by :mod:`adoptd.callerid` on both sides.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import Optional
+
+from adoptd.model import UID_MAX, Connection, Endpoint, IPAddress, ProtocolError, Witness
+from adoptd.wire.strict_json import Fields, decode_object, encode_object
+
+VERSION = 1
+
+# Longest job id on the wire: the PAM record's job field is 64 bytes with its NUL.
+JOB_ID_MAX = 63
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}")
+
+# 128 random bits in hex: a nonce that repeats by chance would let one answer pass for another's.
+_NONCE = re.compile(r"[0-9a-f]{32}")
+
+_QUESTION_KEYS = frozenset({"v", "type", "nonce", "to", "src", "sport", "dst", "dport", "uid"})
+_ANSWER_KEYS = frozenset(
+    {"v", "type", "nonce", "host", "src", "sport", "dst", "dport", "outcome", "reason", "job", "witness", "moved"}
+)
+
+
+class Outcome(enum.Enum):
+    """What the source node can say about the connection."""
+
+    JOB = "job"
+    NO_JOB = "no_job"
+    UNKNOWN = "unknown"
+
+
+class Reason(enum.Enum):
+    """Why the outcome is what it is; the label of a metric, so a closed set."""
+
+    OWNER = "owner"
+    NOT_FOUND = "not_found"
+    DISAGREEMENT = "disagreement"
+    AMBIGUOUS = "ambiguous"
+    OTHER_USER = "other_user"
+    NOT_ALLOWED = "not_allowed"
+    NO_WITNESS = "no_witness"
+    JOB_NOT_TOLD = "job_not_told"
+    JOB_MANAGER = "job_manager"
+    OUT_OF_TIME = "out_of_time"
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which job owns ``connection``, of which ``responder`` is the source node?
+
+    ``login_uid`` is the user who logs in at the destination; the answer is about that user's jobs
+    only. None asks about any user's, which only root may.
+    """
+
+    nonce: str
+    responder: IPAddress
+    connection: Connection
+    login_uid: Optional[int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The source node's word on a :class:`Question`, repeating its nonce and connection.
+
+    ``responder`` is the address at which the answering node was reached. ``job_id`` and ``witness``
+    go with Outcome.JOB. ``moved``: the owner has left the job's cgroup since it connected.
+    """
+
+    nonce: str
+    responder: IPAddress
+    connection: Connection
+    outcome: Outcome
+    reason: Reason
+    job_id: Optional[str] = None
+    witness: Optional[Witness] = None
+    moved: bool = False
+
+
+def encode_question(question: Question) -> bytes:
+    """The payload to be sealed."""
+    return encode_object(
+        {
+            "v": VERSION,
+            "type": "question",
+            "nonce": question.nonce,
+            "to": str(question.responder),
+            **_connection_fields(question.connection),
+            "uid": question.login_uid,
+        }
+    )
+
+
+def decode_question(payload: bytes) -> Question:
+    """The question in an opened seal. Raises ProtocolError."""
+    fields = Fields(decode_object(payload, "question"), _QUESTION_KEYS, "question")
+    _check_head(fields, "question")
+    return Question(
+        nonce=_nonce(fields),
+        responder=_address(fields, "to"),
+        connection=_connection(fields),
+        login_uid=fields.optional_integer("uid", 0, UID_MAX),
+    )
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """The payload to be sealed."""
+    return encode_object(
+        {
+            "v": VERSION,
+            "type": "answer",
+            "nonce": answer.nonce,
+            "host": str(answer.responder),
+            **_connection_fields(answer.connection),
+            "outcome": answer.outcome.value,
+            "reason": answer.reason.value,
+            "job": answer.job_id,
+            "witness": None if answer.witness is None else answer.witness.value,
+            "moved": answer.moved,
+        }
+    )
+
+
+def decode_answer(payload: bytes) -> Answer:
+    """The answer in an opened seal. Raises ProtocolError, also for a job without JOB or the reverse."""
+    fields = Fields(decode_object(payload, "answer"), _ANSWER_KEYS, "answer")
+    _check_head(fields, "answer")
+    job_id = fields.optional_text("job", JOB_ID_MAX)
+    witness = fields.optional_text("witness", 16)
+    try:
+        answer = Answer(
+            nonce=_nonce(fields),
+            responder=_address(fields, "host"),
+            connection=_connection(fields),
+            outcome=Outcome(fields.text("outcome", 16)),
+            reason=Reason(fields.text("reason", 32)),
+            job_id=job_id,
+            witness=None if witness is None else Witness(witness),
+            moved=fields.boolean("moved"),
+        )
+    except ValueError as error:
+        raise ProtocolError(f"answer: {error}") from None
+    named = answer.outcome is Outcome.JOB
+    if (answer.job_id is not None) != named or (answer.witness is not None) != named:
+        raise ProtocolError(f"answer: outcome {answer.outcome.value} does not go with its job and witness")
+    if answer.job_id is not None and not _JOB_ID.fullmatch(answer.job_id):
+        raise ProtocolError(f"answer: job {answer.job_id!r} is not a job id")
+    return answer
+
+
+def _check_head(fields: Fields, kind: str) -> None:
+    fields.integer("v", VERSION, VERSION)
+    if fields.text("type", 16) != kind:
+        # An answer sent back as a question (or the reverse) is sealed by us and fresh: the type refuses it.
+        raise ProtocolError(f"{kind}: type is another one")
+
+
+def _nonce(fields: Fields) -> str:
+    nonce = fields.text("nonce", 32)
+    if not _NONCE.fullmatch(nonce):
+        raise ProtocolError("nonce is not 32 lower-case hex digits")
+    return nonce
+
+
+def _connection_fields(connection: Connection) -> dict[str, object]:
+    return {
+        "src": str(connection.source.address),
+        "sport": connection.source.port,
+        "dst": str(connection.destination.address),
+        "dport": connection.destination.port,
+    }
+
+
+def _connection(fields: Fields) -> Connection:
+    try:
+        return Connection(
+            Endpoint(_address(fields, "src"), fields.integer("sport", 1, 0xFFFF)),
+            Endpoint(_address(fields, "dst"), fields.integer("dport", 1, 0xFFFF)),
+        )
+    except ValueError as error:
+        raise ProtocolError(f"connection: {error}") from None
+
+
+def _address(fields: Fields, key: str) -> IPAddress:
+    # 45 characters: the longest text of an IPv6 address (RFC 4291, 2.2, with an embedded IPv4 part).
+    text = fields.text(key, 45)
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise ProtocolError(f"{key} is not an IP address") from None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
