@@ -1,0 +1,306 @@
+"""The configuration: typed, frozen, complete. A file that is not understood stops the start.
+
+Owns the keys, their bounds and their defaults, and the reading of ``adoptd.toml`` and of the
+``conf.d/*.toml`` beside it (in name order; a later file wins key by key). Must never turn a bad value
+into a default. Called by the service, by ``adoptd config`` and by the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Mapping, Tuple, Type
+
+from adoptd.jobs.template import JobPath
+from adoptd.model import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_FILE = Path("/etc/adoptd/adoptd.toml")
+
+# A configuration is a page of text; a larger file is some other file.
+_FILE_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a key accepts, in words for the message, and as a check. ``restart``: a reload cannot change it."""
+
+    expected: str
+    accepts: Callable[[object], bool]
+    restart: bool
+
+
+def _rule(expected: str, accepts: Callable[[object], bool], restart: bool) -> Mapping[str, _Rule]:
+    return {"rule": _Rule(expected, accepts, restart)}
+
+
+def _boolean(restart: bool = False) -> Mapping[str, _Rule]:
+    return _rule("true or false", lambda value: isinstance(value, bool), restart)
+
+
+def _integer(low: int, high: int, unit: str = "", restart: bool = False) -> Mapping[str, _Rule]:
+    def accepts(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    return _rule(f"a whole number in {low}..{high}{unit}", accepts, restart)
+
+
+def _choice(*words: str, restart: bool = False) -> Mapping[str, _Rule]:
+    return _rule("one of " + ", ".join(f'"{word}"' for word in words), lambda value: value in words, restart)
+
+
+def _path(optional: bool = False, restart: bool = False) -> Mapping[str, _Rule]:
+    def accepts(value: object) -> bool:
+        if not isinstance(value, str) or "\0" in value:
+            return False
+        return value.startswith("/") or (optional and value == "")
+
+    return _rule("an absolute path" + (' or ""' if optional else ""), accepts, restart)
+
+
+def _relative_path() -> Mapping[str, _Rule]:
+    def accepts(value: object) -> bool:
+        if not isinstance(value, str) or "\0" in value:
+            return False
+        return value == "" or all(part not in ("", ".", "..") for part in value.split("/"))
+
+    return _rule('a relative path without empty, "." or ".." parts, or ""', accepts, False)
+
+
+def _is_address(value: object) -> bool:
+    try:
+        ipaddress.ip_address(value if isinstance(value, str) else "")
+    except ValueError:
+        return False
+    return True
+
+
+def _address(restart: bool = False) -> Mapping[str, _Rule]:
+    return _rule("an IP address", _is_address, restart)
+
+
+def _addresses(restart: bool = False) -> Mapping[str, _Rule]:
+    def accepts(value: object) -> bool:
+        return isinstance(value, tuple) and len(value) > 0 and all(_is_address(item) for item in value)
+
+    return _rule("a list of one or more IP addresses", accepts, restart)
+
+
+def _job_path() -> Mapping[str, _Rule]:
+    def accepts(value: object) -> bool:
+        try:
+            JobPath.parse_template(value if isinstance(value, str) else "")
+        except ValueError:
+            return False
+        return True
+
+    return _rule(
+        'an anchored path with {job} once and {uid} at most once, such as "/jobs/uid_{uid}/job_{job}"', accepts, False
+    )
+
+
+def _node_name() -> Mapping[str, _Rule]:
+    def accepts(value: object) -> bool:
+        return (
+            isinstance(value, str) and len(value) <= 63 and (value == "" or (value.isascii() and value.isprintable()))
+        )
+
+    return _rule('a host name of at most 63 characters, or "" for this host\'s', accepts, False)
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """[agent]: where sshd and users reach the agent, and what it says of itself."""
+
+    pam_socket: str = field(default="/run/adoptd/pam.sock", metadata=_path(restart=True))
+    user_socket: str = field(default="/run/adoptd/user.sock", metadata=_path(restart=True))
+    log_level: str = field(default="info", metadata=_choice("error", "warning", "info", "debug"))
+    node_name: str = field(default="", metadata=_node_name())
+
+    def shown_name(self) -> str:
+        """The node's name in messages: ``node_name`` or the short host name."""
+        return self.node_name or socket.gethostname().partition(".")[0]
+
+
+@dataclass(frozen=True)
+class CalleridConfig:
+    """[callerid]: the questions between nodes."""
+
+    enabled: bool = field(default=True, metadata=_boolean(restart=True))
+    listen: Tuple[str, ...] = field(default=("0.0.0.0", "::"), metadata=_addresses(restart=True))  # noqa: S104
+    port: int = field(default=6830, metadata=_integer(1, 65535, restart=True))
+    timeout_ms: int = field(default=300, metadata=_integer(10, 10_000, " milliseconds"))
+
+
+@dataclass(frozen=True)
+class SealConfig:
+    """[seal]: how agents know each other."""
+
+    scheme: str = field(default="auto", metadata=_choice("auto", "munge", "key"))
+    key_file: str = field(default="/etc/adoptd/adoptd.key", metadata=_path())
+    munge_socket: str = field(default="", metadata=_path(optional=True))
+    ttl_s: int = field(default=10, metadata=_integer(1, 300, " seconds"))
+
+
+@dataclass(frozen=True)
+class JobsConfig:
+    """[jobs]: where the jobs of this node are."""
+
+    backend: str = field(default="cgroup", metadata=_choice("cgroup"))
+    path: str = field(default="/jobs/uid_{uid}/job_{job}", metadata=_job_path())
+    leaf: str = field(default="", metadata=_relative_path())
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """[probe]: the BPF probe."""
+
+    enabled: bool = field(default=True, metadata=_boolean(restart=True))
+    pin_dir: str = field(default="/sys/fs/bpf/adoptd", metadata=_path(restart=True))
+    source_dir: str = field(default="", metadata=_path(optional=True, restart=True))
+    self_test_interval_s: int = field(default=60, metadata=_integer(1, 86_400, " seconds"))
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """[metrics]: the Prometheus endpoint."""
+
+    enabled: bool = field(default=True, metadata=_boolean(restart=True))
+    listen: str = field(default="127.0.0.1", metadata=_address(restart=True))
+    port: int = field(default=9830, metadata=_integer(1, 65535, restart=True))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything the agent can be told. Each field is a table of the TOML file."""
+
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    callerid: CalleridConfig = field(default_factory=CalleridConfig)
+    seal: SealConfig = field(default_factory=SealConfig)
+    jobs: JobsConfig = field(default_factory=JobsConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+
+_TABLES: Mapping[str, Type[object]] = {
+    "agent": AgentConfig,
+    "callerid": CalleridConfig,
+    "seal": SealConfig,
+    "jobs": JobsConfig,
+    "probe": ProbeConfig,
+    "metrics": MetricsConfig,
+}
+
+
+def load(file: Path) -> Config:
+    """The configuration in ``file`` and in ``conf.d/*.toml`` beside it.
+
+    A missing ``file`` is an error: the agent decides who gets in, and must not do so by defaults that
+    nobody chose. Raises ConfigError with the file, the key, what was found and what was expected.
+    """
+    values: Dict[str, Dict[str, object]] = {name: {} for name in _TABLES}
+    for path in (file, *_drop_ins(file)):
+        for table, key, value in _entries(path):
+            values[table][key] = value
+    return Config(
+        agent=AgentConfig(**values["agent"]),  # type: ignore[arg-type]  # _entries checked every value against its rule
+        callerid=CalleridConfig(**values["callerid"]),  # type: ignore[arg-type]
+        seal=SealConfig(**values["seal"]),  # type: ignore[arg-type]
+        jobs=JobsConfig(**values["jobs"]),  # type: ignore[arg-type]
+        probe=ProbeConfig(**values["probe"]),  # type: ignore[arg-type]
+        metrics=MetricsConfig(**values["metrics"]),  # type: ignore[arg-type]
+    )
+
+
+def show(config: Config) -> str:
+    """The configuration in force as TOML that :func:`load` reads back to the same value."""
+    lines: List[str] = []
+    for table in _TABLES:
+        section = getattr(config, table)
+        lines.append(f"[{table}]")
+        lines.extend(f"{item.name} = {_toml(getattr(section, item.name))}" for item in dataclasses.fields(section))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def needs_restart(old: Config, new: Config) -> Tuple[str, ...]:
+    """The changed keys, as ``table.key``, that a running agent cannot take over by a reload."""
+    changed: List[str] = []
+    for table in _TABLES:
+        before, after = getattr(old, table), getattr(new, table)
+        changed.extend(
+            f"{table}.{item.name}"
+            for item in dataclasses.fields(before)
+            if item.metadata["rule"].restart and getattr(before, item.name) != getattr(after, item.name)
+        )
+    return tuple(changed)
+
+
+def _drop_ins(file: Path) -> List[Path]:
+    directory = file.parent / "conf.d"
+    try:
+        return sorted(path for path in directory.iterdir() if path.suffix == ".toml")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be read: {error.strerror}") from None
+
+
+def _entries(path: Path) -> Iterator[Tuple[str, str, object]]:
+    for table, section in _parse(path).items():
+        if table not in _TABLES:
+            raise ConfigError(f"{path}: unknown table [{table}], expected one of {', '.join(_TABLES)}")
+        if not isinstance(section, dict):
+            raise ConfigError(f"{path}: {table} is {_found(section)}, expected a table [{table}]")
+        rules = {item.name: item.metadata["rule"] for item in dataclasses.fields(_TABLES[table])}  # type: ignore[arg-type]
+        for key, found in section.items():
+            if key not in rules:
+                raise ConfigError(f"{path}: unknown key {table}.{key}, expected one of {', '.join(rules)}")
+            value = tuple(found) if isinstance(found, list) else found
+            if not rules[key].accepts(value):
+                raise ConfigError(f"{path}: {table}.{key} is {_found(found)}, expected {rules[key].expected}")
+            yield table, key, value
+
+
+def _parse(path: Path) -> Mapping[str, object]:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_FILE_MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > _FILE_MAX_BYTES:
+        raise ConfigError(f"{path}: larger than {_FILE_MAX_BYTES} bytes, expected a configuration file")
+    try:
+        parsed: Mapping[str, object] = tomllib.loads(data.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    return parsed
+
+
+def _found(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, int):
+        return str(value)
+    return '"' + "".join(_escaped(char) for char in str(value)) + '"'
+
+
+def _escaped(char: str) -> str:
+    if char in '"\\':
+        return "\\" + char
+    return char if char.isprintable() else f"\\u{ord(char):04x}"

@@ -1,0 +1,113 @@
+"""The pam_adopt.so lines of a PAM configuration: found, and their options checked as the module does.
+
+Owns the module's options for Python; pam_hook/options.c has them for C, and a test runs both on the
+same words. Reads files, changes nothing. Called by ``adoptd doctor`` and ``adoptctl explain``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator, List, Mapping, Optional, Tuple
+
+MODULE = "pam_adopt.so"
+PAM_DIRECTORY = Path("/etc/pam.d")
+
+# Includes nest two or three deep; libpam gives up at 32 (PAM_SUBSTACK_MAX_LEVEL, libpam 1.3).
+_INCLUDE_DEPTH_MAX = 32
+
+_LEVELS = ("quiet", "fatal", "error", "info", "verbose", "debug", "debug2", "debug3", "debug4", "debug5")
+
+
+def _words(*words: str) -> Callable[[str], bool]:
+    return lambda value: value.lower() in words
+
+
+def _is_timeout(value: str) -> bool:
+    return value.isascii() and value.isdigit() and len(value) <= 5 and 50 <= int(value) <= 30_000
+
+
+def _is_node_name(value: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9_.\-]{1,63}", value) is not None
+
+
+def _is_socket(value: str) -> bool:
+    return value.startswith("/") and len(value.encode()) <= 107
+
+
+# name: (whether a value is one of its, what is expected in words)
+OPTIONS: Mapping[str, Tuple[Callable[[str], bool], str]] = {
+    "action_no_jobs": (_words("deny", "ignore"), "deny or ignore"),
+    "action_unknown": (_words("newest", "allow", "deny"), "newest, allow or deny"),
+    "action_adopt_failure": (_words("allow", "deny"), "allow or deny"),
+    "action_generic_failure": (_words("ignore", "allow", "deny"), "ignore, allow or deny"),
+    "ignore_root": (_words("0", "1"), "0 or 1"),
+    "single_job_skip_rpc": (_words("0", "1"), "0 or 1"),
+    "disable_x11": (_words("0", "1"), "0 or 1"),
+    "join_container": (_words("true", "false"), "true or false"),
+    "log_level": (_words(*_LEVELS, *(str(n) for n in range(10))), f"one of {', '.join(_LEVELS)}, or 0 to 9"),
+    "mode": (_words("enforce", "observe"), "enforce or observe"),
+    "timeout_ms": (_is_timeout, "a number of milliseconds from 50 to 30000"),
+    "service": (bool, "the name of a PAM service, or *"),
+    "nodename": (_is_node_name, "a node name of 1 to 63 letters, digits, dots, dashes or underscores"),
+    "socket": (_is_socket, "an absolute path of at most 107 bytes"),
+}
+
+
+@dataclass(frozen=True)
+class PamLine:
+    """One line of a PAM stack. ``kind`` is account, session, auth or password; ``module`` its file."""
+
+    file: Path
+    number: int
+    kind: str
+    control: str
+    module: str
+    options: Tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}"
+
+
+def wrong_options(line: PamLine) -> List[str]:
+    """What the module will refuse in ``line``, one sentence each; empty if it is right."""
+    faults: List[str] = []
+    for word in line.options:
+        name, equals, value = word.partition("=")
+        if not equals or name not in OPTIONS:
+            faults.append(f"{word!r} is no option of {MODULE}, expected one of {', '.join(OPTIONS)}")
+        elif not OPTIONS[name][0](value):
+            faults.append(f"{name} is {value!r}, expected {OPTIONS[name][1]}")
+    return faults
+
+
+def adopt_lines(service: str, directory: Path = PAM_DIRECTORY) -> List[PamLine]:
+    """The lines of ``service`` that load the module, includes followed, in order. Raises OSError."""
+    return [line for line in _stack(directory / service, None, 0) if line.module.rpartition("/")[2] == MODULE]
+
+
+def _stack(file: Path, kind: Optional[str], depth: int) -> Iterator[PamLine]:
+    if depth > _INCLUDE_DEPTH_MAX:
+        return
+    text = file.read_text("utf-8", "backslashreplace").replace("\\\n", " ")
+    for number, raw in enumerate(text.split("\n"), 1):
+        words = _split(raw.partition("#")[0])
+        if words[:1] == ["@include"] and len(words) == 2:
+            yield from _stack(file.parent / words[1], kind, depth + 1)
+        elif len(words) >= 3:
+            found = words[0].lstrip("-").lower()
+            if kind is not None and found != kind:
+                continue
+            if words[1] in ("include", "substack"):
+                yield from _stack(file.parent / words[2], found, depth + 1)
+            else:
+                yield PamLine(file, number, found, words[1], words[2], tuple(words[3:]))
+
+
+def _split(line: str) -> List[str]:
+    # A control may be "[success=1 default=ignore]", and so may an argument that holds spaces: one word either way.
+    words: List[str] = []
+    for bracketed, plain in re.findall(r"\[((?:[^\]\\]|\\.)*)\]|(\S+)", line):
+        words.append(plain or bracketed)
+    return words
