@@ -1,0 +1,286 @@
+"""The agent's doors: the PAM socket, the peers' TCP port, the users' socket.
+
+Owns accepting, bounds, deadlines for bytes that do not come, and who the kernel says is calling. What
+is behind a door is a handler given at construction; no policy here. A message that is refused costs one
+counter, one log line and its own connection, never another request. Built by the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+import struct
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from typing import Awaitable, Callable, Dict, List, Optional, Sequence
+
+from adoptd import log
+from adoptd.callerid import Refused
+from adoptd.metrics import Door, Metrics, Refusal
+from adoptd.model import AdoptdError, ProtocolError
+from adoptd.wire import frame
+
+# A caller on this host has its whole message ready when it connects; a peer is a round trip away.
+LOCAL_READ_S = 0.5
+PEER_READ_S = 1.0
+
+# How many may be connected at once, and how many from one caller (a user id, a peer's address). A login
+# takes about 2 ms here, so 1024 are a queue of two seconds, twice a login's budget; a peer asks once per
+# login; a person types one command at a time.
+PAM_MAX = 1024
+PEER_MAX = 1024
+PEER_MAX_PER_ADDRESS = 256
+USER_MAX = 64
+USER_MAX_PER_UID = 8
+
+_BACKLOG = 1024
+
+# struct ucred, unix(7).
+_UCRED = struct.Struct("=iII")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who is at the other end of a unix socket, as the kernel recorded it when they connected."""
+
+    pid: int
+    uid: int
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Caller:
+        """The caller at the other end of ``sock``."""
+        pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        return cls(pid, uid)
+
+
+class Conversation:
+    """One accepted connection, for the handler: bounded reading, and the end of the waiting time."""
+
+    def __init__(self, sock: socket.socket, peer: str, heard: Callable[[], None]) -> None:
+        self.sock = sock
+        self.peer = peer
+        self._heard = heard
+        self._loop = asyncio.get_running_loop()
+
+    async def read_exactly(self, count: int) -> bytes:
+        """``count`` bytes. Raises Refused (truncated) if the peer closes before; none were sent: no words."""
+        data = bytearray()
+        while len(data) < count:
+            chunk = await self._loop.sock_recv(self.sock, count - len(data))
+            if not chunk:
+                raise Refused(Refusal.TRUNCATED, f"closed after {len(data)} of {count} bytes")
+            data += chunk
+        return bytes(data)
+
+    async def read_frame(self, max_bytes: int) -> bytes:
+        """One frame's body, of at most ``max_bytes``. Raises Refused."""
+        prefix = await self.read_exactly(frame.PREFIX_BYTES)
+        try:
+            length = frame.decode_length(prefix, max_bytes)
+        except ProtocolError as error:
+            raise Refused(Refusal.MALFORMED, str(error)) from None
+        return await self.read_exactly(length)
+
+    def heard(self) -> None:
+        """The message is complete: the connection is no longer one that may be dropped for its silence."""
+        self._heard()
+
+    async def send(self, data: bytes) -> None:
+        """All of ``data``. Raises OSError if the peer is gone."""
+        await self._loop.sock_sendall(self.sock, data)
+
+
+Handler = Callable[[Conversation], Awaitable[None]]
+
+
+class Doorkeeper:
+    """Accepts on the sockets of one door and runs ``handler`` for each connection, within the bounds.
+
+    Over a bound the oldest connection that has not yet sent its message goes. To refuse the newcomer
+    instead would let whoever connects and stays silent keep everybody else out.
+    """
+
+    def __init__(
+        self,
+        door: Door,
+        sockets: Sequence[socket.socket],
+        handler: Handler,
+        metrics: Metrics,
+        read_s: float,
+        bound: int,
+        bound_per_caller: Optional[int] = None,
+    ) -> None:
+        self._door = door
+        self._sockets = list(sockets)
+        self._handler = handler
+        self._metrics = metrics
+        self._read_s = read_s
+        self._bound = bound
+        self._bound_per_caller = bound if bound_per_caller is None else bound_per_caller
+        self._silent: OrderedDict[asyncio.Task[None], str] = OrderedDict()
+        self._callers: Dict[asyncio.Task[None], str] = {}
+        self._count: Counter[str] = Counter()
+        self._accepting: List[asyncio.Task[None]] = []
+
+    def open(self) -> None:
+        """Begin to accept."""
+        self._accepting = [asyncio.create_task(self._accept(sock)) for sock in self._sockets]
+
+    async def close(self, within_s: float) -> None:
+        """Accept no more, drop who has said nothing, and give the rest ``within_s`` seconds to end."""
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        for sock in self._sockets:
+            sock.close()
+        for task in list(self._silent):
+            task.cancel()
+        if self._callers:
+            _, late = await asyncio.wait(list(self._callers), timeout=within_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, address = await loop.sock_accept(listener)
+            except OSError as error:
+                # Out of descriptors, or the peer was gone already. The pause keeps a full table from spinning.
+                log.error("accept_failed", socket=self._door.value, error=error.strerror)
+                await asyncio.sleep(0.05)
+                continue
+            self._start(sock, address)
+
+    def _start(self, sock: socket.socket, address: object) -> None:
+        if sock.family == socket.AF_UNIX:
+            key = f"uid {Caller.of(sock).uid}"
+        else:
+            key = str(address[0]) if isinstance(address, tuple) else "?"
+        task = asyncio.create_task(self._serve(sock, key))
+        self._silent[task] = key
+        self._callers[task] = key
+        self._count[key] += 1
+        self._metrics.in_flight.labels(self._door.value).inc()
+        task.add_done_callback(lambda ended: self._ended(ended, sock))
+        if self._count[key] > self._bound_per_caller:
+            self._drop_oldest(key)
+        elif len(self._callers) > self._bound:
+            self._drop_oldest(None)
+
+    async def _serve(self, sock: socket.socket, key: str) -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a connection is served outside a task")
+
+        def too_slow() -> None:
+            self._refused(Refusal.SLOW, key, f"no complete message within {self._read_s:g} s")
+            task.cancel()
+
+        patience = loop.call_later(self._read_s, too_slow)
+
+        def heard() -> None:
+            patience.cancel()
+            self._silent.pop(task, None)
+
+        try:
+            await self._handler(Conversation(sock, key, heard))
+        except Refused as error:
+            self._refused(error.reason, key, str(error))
+        except OSError as error:
+            log.debug("peer_gone", socket=self._door.value, peer=key, error=error.strerror)
+        except AdoptdError as error:
+            self._refused(Refusal.INTERNAL, key, str(error))
+        except Exception as error:
+            # The last line of defence of a root daemon: a defect ends one request, and is seen.
+            self._refused(Refusal.INTERNAL, key, f"{type(error).__name__}: {error}")
+        finally:
+            patience.cancel()
+
+    def _drop_oldest(self, key: Optional[str]) -> None:
+        for task, other in self._silent.items():
+            if key is None or other == key:
+                self._refused(Refusal.TOO_MANY, other, "too many connections at once, this one was silent longest")
+                task.cancel()
+                return
+
+    def _refused(self, reason: Refusal, peer: str, text: str) -> None:
+        self._metrics.refuse(self._door, reason)
+        log.warning("refused", socket=self._door.value, reason=reason.value, peer=peer, error=text)
+
+    def _ended(self, task: asyncio.Task[None], sock: socket.socket) -> None:
+        sock.close()
+        self._silent.pop(task, None)
+        key = self._callers.pop(task)
+        self._count[key] -= 1
+        if not self._count[key]:
+            del self._count[key]
+        self._metrics.in_flight.labels(self._door.value).dec()
+
+
+def bind_unix(path: str, mode: int) -> socket.socket:
+    """A listening unix socket at ``path`` that has ``mode`` from its first moment.
+
+    The mode is set on the socket before bind(), which makes the inode with it (unix_bind_bsd() in
+    net/unix/af_unix.c); a chmod afterwards would leave a moment for others. A stale socket is replaced.
+    Raises AdoptdError if somebody listens there or the path is no socket, OSError otherwise.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        os.fchmod(sock.fileno(), mode)
+        umask = os.umask(0)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(umask)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def bind_tcp(addresses: Sequence[str], port: int) -> List[socket.socket]:
+    """Listening TCP sockets, one per address. Raises OSError; then none is left open."""
+    with contextlib.ExitStack() as undo:
+        sockets: List[socket.socket] = []
+        for address in addresses:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                # One socket per address as configured, whatever net.ipv6.bindv6only says.
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address, port))
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+        undo.pop_all()
+    return sockets
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise AdoptdError(f"{path} is there and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(LOCAL_READ_S)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        except OSError as error:
+            raise AdoptdError(f"{path} is in use: {error.strerror}") from None
+    raise AdoptdError(f"{path} is served by another process; is an agent running already?")
