@@ -11,11 +11,11 @@ import asyncio
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional
+from typing import Mapping, Optional
 
 from adoptd import log, probe
 from adoptd.config import ProbeConfig
-from adoptd.connections import ConnectionWitness, Witnesses
+from adoptd.connections import Witnesses
 from adoptd.connections.bpf import BpfWitness
 from adoptd.connections.diag import DiagWitness
 from adoptd.connections.proc import ProcWitness
@@ -73,20 +73,12 @@ class Watch:
         self._pin_dir = Path(config.pin_dir)
         self._source_dir = Path(config.source_dir) if config.source_dir else None
         self._bpf = _ProbeWitness()
+        self._diag = DiagWitness()
         self._probe: Optional[OpenProbe] = None
-        reasons: Dict[Witness, Optional[str]] = {Witness.BPF: "not tried yet"}
-        chain: List[ConnectionWitness] = [self._bpf]
-        for name, make in ((Witness.DIAG, DiagWitness), (Witness.PROC, ProcWitness)):
-            try:
-                chain.append(make())
-                reasons[name] = None
-            except WitnessUnavailable as error:
-                reasons[name] = str(error)
-                log.warning("witness_unavailable", witness=name.value, error=str(error))
-        self.witnesses = Witnesses(chain)
-        self._status = WatchStatus(reasons)
+        self.witnesses = Witnesses([self._bpf, self._diag, ProcWitness()])
+        self._status = WatchStatus({Witness.BPF: "not tried yet", Witness.PROC: None})
         metrics.watch_probe(self.probe_counters)
-        self._publish()
+        self._test_diag()
 
     @property
     def status(self) -> WatchStatus:
@@ -108,10 +100,11 @@ class Watch:
         await self._attach()
 
     async def run(self) -> None:
-        """Test the probe each interval, for ever, and load it again if it has gone."""
-        while self._config.enabled:
+        """Test the witnesses each interval, for ever, and load the probe again if it has gone."""
+        while True:
             await asyncio.sleep(self._config.self_test_interval_s)
-            if self._probe is None or not await self._self_test(self._probe):
+            self._test_diag()
+            if self._config.enabled and (self._probe is None or not await self._self_test(self._probe)):
                 await self._attach()
 
     def close(self) -> None:
@@ -120,6 +113,11 @@ class Watch:
             self._probe.close()
             self._probe = None
         self.witnesses.close()
+        self._diag.close()
+
+    def _test_diag(self) -> None:
+        self._status = replace(self._status, witnesses={**self._status.witnesses, Witness.DIAG: self._diag.self_test()})
+        self._publish()
 
     async def _attach(self) -> None:
         try:
