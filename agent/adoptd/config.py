@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Mapping, Tuple, Type
 
-from adoptd.jobs.template import JobPath
+from adoptd.jobs.template import JobPath, parse_leaf, parse_leaf
 from adoptd.model import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -66,21 +66,25 @@ def _path(optional: bool = False, restart: bool = False) -> Mapping[str, _Rule]:
     return _rule("an absolute path" + (' or ""' if optional else ""), accepts, restart)
 
 
-def _relative_path() -> Mapping[str, _Rule]:
+def _accepted_by(parse: Callable[[str], object]) -> Callable[[object], bool]:
     def accepts(value: object) -> bool:
-        if not isinstance(value, str) or "\0" in value:
+        if not isinstance(value, str):
             return False
-        return value == "" or all(part not in ("", ".", "..") for part in value.split("/"))
+        try:
+            parse(value)
+        except ValueError:
+            return False
+        return True
 
-    return _rule('a relative path without empty, "." or ".." parts, or ""', accepts, False)
+    return accepts
+
+
+def _leaf() -> Mapping[str, _Rule]:
+    return _rule('a path relative to the job\'s cgroup, such as "session", or ""', _accepted_by(parse_leaf), False)
 
 
 def _is_address(value: object) -> bool:
-    try:
-        ipaddress.ip_address(value if isinstance(value, str) else "")
-    except ValueError:
-        return False
-    return True
+    return _accepted_by(ipaddress.ip_address)(value)
 
 
 def _address(restart: bool = False) -> Mapping[str, _Rule]:
@@ -95,16 +99,11 @@ def _addresses(restart: bool = False) -> Mapping[str, _Rule]:
 
 
 def _job_path() -> Mapping[str, _Rule]:
-    def accepts(value: object) -> bool:
-        try:
-            JobPath.parse_template(value if isinstance(value, str) else "")
-        except ValueError:
-            return False
-        return True
-
-    return _rule(
-        'an anchored path with {job} once and {uid} at most once, such as "/jobs/uid_{uid}/job_{job}"', accepts, False
+    expected = (
+        "an absolute path whose last component has {job}, with {uid} at most once before it, "
+        'such as "/jobs/uid_{uid}/job_{job}"'
     )
+    return _rule(expected, _accepted_by(JobPath.parse_template), False)
 
 
 def _node_name() -> Mapping[str, _Rule]:
@@ -156,7 +155,7 @@ class JobsConfig:
 
     backend: str = field(default="cgroup", metadata=_choice("cgroup"))
     path: str = field(default="/jobs/uid_{uid}/job_{job}", metadata=_job_path())
-    leaf: str = field(default="", metadata=_relative_path())
+    leaf: str = field(default="", metadata=_leaf())
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class ProbeConfig:
     enabled: bool = field(default=True, metadata=_boolean(restart=True))
     pin_dir: str = field(default="/sys/fs/bpf/adoptd", metadata=_path(restart=True))
     source_dir: str = field(default="", metadata=_path(optional=True, restart=True))
-    self_test_interval_s: int = field(default=60, metadata=_integer(1, 86_400, " seconds"))
+    self_test_interval_s: int = field(default=60, metadata=_integer(1, 86_400, " seconds", restart=True))
 
 
 @dataclass(frozen=True)
@@ -280,13 +279,18 @@ def _parse(path: Path) -> Mapping[str, object]:
         raise ConfigError(f"{path}: larger than {_FILE_MAX_BYTES} bytes, expected a configuration file")
     try:
         parsed: Mapping[str, object] = tomllib.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # ValueError also covers what is not UTF-8, and a decimal of more digits than int() takes.
         raise ConfigError(f"{path}: not TOML: {error}") from None
     return parsed
 
 
 def _found(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        # A hexadecimal literal has no limit on its digits, its decimal form has (int_max_str_digits).
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -303,4 +307,6 @@ def _toml(value: object) -> str:
 def _escaped(char: str) -> str:
     if char in '"\\':
         return "\\" + char
-    return char if char.isprintable() else f"\\u{ord(char):04x}"
+    if char.isprintable():
+        return char
+    return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional, Tuple, Union
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
@@ -153,10 +153,11 @@ class Job:
 
     ``id`` is the job manager's name for it, the same on every node. ``identity`` cannot be reused
     (for cgroups: inode numbers, which the kernel counts up): two jobs of one id at different times
-    have different identities. ``created`` orders jobs of one backend by creation; it is no time.
+    have different identities. ``created`` orders the jobs of one
+    answer by creation; it is no time, and no part of what makes two jobs the same.
     """
 
     id: str
     uid: int
-    created: int
+    created: int = field(compare=False)
     identity: Tuple[int, ...]

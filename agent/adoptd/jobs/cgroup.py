@@ -1,0 +1,213 @@
+"""Jobs that are plain cgroups: any manager that gives each job a cgroup at a known path.
+
+Owns the answers of the JobBackend protocol for such managers, on cgroup v1, v2 and both together. It
+must never take a path for a job without the owner being checked (directories.py does), nor create or
+remove a cgroup: that is the manager's. Built by the service, called by callerid, adoption and sessions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+from adoptd.deadline import Deadline
+from adoptd.hierarchy import CgroupMounts, Hierarchy, HierarchyKind, path_of_id
+from adoptd.jobs import CgroupFinding, CgroupVerdict
+from adoptd.jobs.directories import Budget, FoundJob, JobDirectories, OpenedJob
+from adoptd.jobs.move import Target, move
+from adoptd.jobs.template import JobPath, parse_leaf
+from adoptd.model import AdoptionFailed, Ambiguous, Job, JobManagerError
+from adoptd.process import ProcessHandle
+
+# A process is moved by its manager a few times in its life; one that is elsewhere at every look is not followed.
+_LOOKS_MAX = 3
+_LEAF_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_log = logging.getLogger(__name__)
+
+
+class CgroupJobs:
+    """The JobBackend for plain cgroups."""
+
+    name = "cgroup"
+
+    def __init__(self, template: JobPath, leaf: str = "", mounts: Optional[CgroupMounts] = None) -> None:
+        """``leaf`` is the cgroup below the job's that sessions go into, "" for the job's own.
+
+        Raises ValueError if it is not a relative path.
+        """
+        self._template = template
+        self._leaf = parse_leaf(leaf)
+        self._mounts = mounts if mounts is not None else CgroupMounts()
+        self._directories = JobDirectories(template, self._mounts)
+
+    def jobs_of(self, uid: int, deadline: Deadline) -> Tuple[Job, ...]:
+        """The user's jobs, newest first. Raises JobManagerError."""
+        found = self._directories.listing(uid if self._template.has_uid else None, Budget(deadline))
+        return _newest_first([job for job in found if job.uid == uid])
+
+    def all_jobs(self, deadline: Deadline) -> Tuple[Job, ...]:
+        """Everybody's jobs, by uid and then newest first. Raises JobManagerError.
+
+        For the admin's eyes: a user whose jobs cannot be ordered is left out with a warning, not all of them.
+        """
+        budget = Budget(deadline)
+        uids: Sequence[Optional[int]] = self._directories.uids(budget) if self._template.has_uid else [None]
+        by_owner: Dict[int, List[FoundJob]] = {}
+        for uid in uids:
+            for job in self._directories.listing(uid, budget):
+                by_owner.setdefault(job.uid, []).append(job)
+        jobs: List[Job] = []
+        for owner in sorted(by_owner):
+            try:
+                jobs.extend(_newest_first(by_owner[owner]))
+            except JobManagerError as error:
+                _log.warning("jobs of uid %d left out: %s", owner, error)
+        return tuple(jobs)
+
+    def job_of_process(self, pid: int) -> Optional[Job]:
+        """The job a process is in: named by at least one hierarchy, contradicted by none.
+
+        Raises Ambiguous if hierarchies name different jobs or the process keeps being moved; JobManagerError.
+        """
+        before = self._mounts.membership(pid)
+        for _ in range(_LOOKS_MAX):
+            if before is None:
+                return None
+            jobs = self._jobs_named(before)
+            after = self._mounts.membership(pid)
+            if after == before:
+                if len(jobs) > 1:
+                    raise Ambiguous(f"process {pid} is in jobs {', '.join(sorted(job.id for job in jobs))} at once")
+                return jobs[0] if jobs else None
+            before = after
+        raise Ambiguous(f"process {pid} is being moved from cgroup to cgroup")
+
+    def job_of_cgroup(self, cgroup_id: int) -> CgroupVerdict:
+        """What a cgroup-v2 id says about the job of whatever had it. Raises JobManagerError.
+
+        NO_JOB only where jobs are in v2 and nowhere else: a process outside every job's v2 cgroup may still be in
+        a job's v1 cgroups, and one in the v2 root has, on a host whose manager uses v1, merely not been moved.
+        """
+        unified, legacy = self._by_kind()
+        if unified is None:
+            return CgroupVerdict(CgroupFinding.CANNOT_TELL, "no cgroup v2 hierarchy is mounted")
+        path = path_of_id(unified, cgroup_id)
+        if path is None:
+            return CgroupVerdict(CgroupFinding.CANNOT_TELL, f"cgroup {cgroup_id} has been removed")
+        if path == "/":
+            return CgroupVerdict(CgroupFinding.CANNOT_TELL, "the root cgroup is where nothing has been moved")
+        location = self._template.parse(path)
+        if location is not None:
+            job = self._believed(location.uid, location.job_id, [unified])
+            # Still there: then nothing above it was removed and made again while the job was looked at.
+            if path_of_id(unified, cgroup_id) != path:
+                return CgroupVerdict(CgroupFinding.CANNOT_TELL, f"cgroup {cgroup_id} has been removed")
+            if job is not None:
+                return CgroupVerdict(CgroupFinding.JOB, f"{path!r}", job)
+        if not self._directories.holds_jobs(unified):
+            return CgroupVerdict(CgroupFinding.CANNOT_TELL, "no jobs are kept in cgroup v2 on this host")
+        if any(self._directories.holds_jobs(hierarchy) for hierarchy in legacy):
+            return CgroupVerdict(
+                CgroupFinding.CANNOT_TELL, f"{path!r} is in no job, but jobs are kept in cgroup v1 too"
+            )
+        return CgroupVerdict(CgroupFinding.NO_JOB, f"{path!r} is in no job")
+
+    def adopt(self, process: ProcessHandle, job: Job, deadline: Deadline) -> None:
+        """Move the process into the job's leaf in every hierarchy that has the job. Raises AdoptionFailed."""
+        try:
+            with self._directories.opened(self._path_uid(job), job.id) as opened, ExitStack() as stack:
+                if opened is None or not self._is_still(opened, job):
+                    raise AdoptionFailed(f"job {job.id} of uid {job.uid} is gone")
+                move(process, self._targets(opened, stack), self._mounts, deadline)
+        except (JobManagerError, ValueError) as error:
+            raise AdoptionFailed(f"job {job.id} of uid {job.uid}: {error}") from None
+
+    def contains(self, job: Job, pid: int) -> bool:
+        """Whether the process is in this very job in every hierarchy that has it. Raises JobManagerError."""
+        # Read first: if the job is found to be the same afterwards, it was the same when this was read.
+        where = self._mounts.membership(pid)
+        if where is None:
+            return False
+        try:
+            with self._directories.opened(self._path_uid(job), job.id) as opened:
+                if opened is None or not self._is_still(opened, job):
+                    return False
+                numbers = [place.hierarchy.number for place in opened.found.places]
+        except ValueError:
+            return False
+        locations = [self._template.parse(where.get(number, "")) for number in numbers]
+        return all(
+            location is not None and (location.job_id, location.uid) == (job.id, self._path_uid(job))
+            for location in locations
+        )
+
+    def session_environment(self, job: Job) -> Mapping[str, str]:
+        """ADOPTD_JOB_ID: a plain cgroup manager has no variables of its own that adoptd could know."""
+        return {"ADOPTD_JOB_ID": job.id}
+
+    def _path_uid(self, job: Job) -> Optional[int]:
+        return job.uid if self._template.has_uid else None
+
+    @staticmethod
+    def _is_still(opened: OpenedJob, job: Job) -> bool:
+        return opened.found.uid == job.uid and opened.found.is_still(job.identity)
+
+    def _by_kind(self) -> Tuple[Optional[Hierarchy], List[Hierarchy]]:
+        hierarchies = self._mounts.hierarchies()
+        unified = next((each for each in hierarchies if each.kind is HierarchyKind.V2), None)
+        return unified, [each for each in hierarchies if each.kind is HierarchyKind.V1]
+
+    def _jobs_named(self, membership: Mapping[int, str]) -> List[Job]:
+        """The distinct jobs that the hierarchies name and that may be believed."""
+        naming: Dict[Tuple[Optional[int], str], List[Hierarchy]] = {}
+        for hierarchy in self._mounts.hierarchies():
+            location = self._template.parse(membership.get(hierarchy.number, ""))
+            if location is not None:
+                naming.setdefault((location.uid, location.job_id), []).append(hierarchy)
+        jobs = (self._believed(uid, job_id, hierarchies) for (uid, job_id), hierarchies in naming.items())
+        return [job for job in jobs if job is not None]
+
+    def _believed(self, uid: Optional[int], job_id: str, hierarchies: Sequence[Hierarchy]) -> Optional[Job]:
+        """The job of that path, if it may be believed and is in one of the hierarchies that named it."""
+        with self._directories.opened(uid, job_id) as opened:
+            if opened is None or all(place.hierarchy not in hierarchies for place in opened.found.places):
+                return None
+            return _newest_first([opened.found])[0]
+
+    def _targets(self, opened: OpenedJob, stack: ExitStack) -> List[Target]:
+        uid = opened.found.uid if self._template.has_uid else None
+        path = "/".join((self._template.render(uid, opened.found.id), *self._leaf))
+        targets = []
+        for place, job_directory in zip(opened.found.places, opened.descriptors):
+            descriptor = job_directory
+            for name in self._leaf:
+                try:
+                    descriptor = os.open(name, _LEAF_FLAGS, dir_fd=descriptor)
+                except OSError as error:
+                    text = f"leaf {path} in hierarchy {place.hierarchy.label}: {error.strerror}"
+                    raise AdoptionFailed(text) from None
+                stack.callback(os.close, descriptor)
+            targets.append(Target(place.hierarchy, path, descriptor))
+        return targets
+
+
+def _newest_first(found: Sequence[FoundJob]) -> Tuple[Job, ...]:
+    """Jobs of one user by creation. Raises JobManagerError if they share no hierarchy to compare them in.
+
+    Inode numbers of two hierarchies are two counters: comparing across them would be a guess.
+    """
+    if not found:
+        return ()
+    shared = set.intersection(*({place.hierarchy.number for place in job.places} for job in found))
+    if not shared:
+        names = ", ".join(sorted(job.id for job in found))
+        raise JobManagerError(f"jobs {names} are in no common cgroup hierarchy, so which is newer cannot be told")
+    number = min(shared)
+    jobs = []
+    for job in found:
+        created = next(place.inode for place in job.places if place.hierarchy.number == number)
+        jobs.append(Job(job.id, job.uid, created, job.identity))
+    return tuple(sorted(jobs, key=lambda job: job.created, reverse=True))

@@ -1,0 +1,127 @@
+"""Processes are held, not remembered by number."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+from adoptd.model import PID_MAX, AdoptionFailed
+from adoptd.process import open_process, started_ns, was_started_before
+
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def boottime_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+@pytest.mark.parametrize("pid", [0, -1, PID_MAX + 1])
+def test_an_impossible_pid_is_refused(pid: int) -> None:
+    """0 and -1 mean other things to the kernel than one process."""
+    with pytest.raises(AdoptionFailed, match=str(pid)):
+        open_process(pid)
+
+
+def test_a_reaped_process_cannot_be_opened() -> None:
+    """The pid is in the message."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    with pytest.raises(AdoptionFailed, match=str(process.pid)):
+        open_process(process.pid)
+    assert started_ns(process.pid) is None
+    assert not was_started_before(process.pid, boottime_ns())
+
+
+def test_a_zombie_cannot_be_opened(child: subprocess.Popen[bytes]) -> None:
+    """It has exited, though its pid is still taken."""
+    with open_process(child.pid) as handle:
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not handle.alive()
+        assert handle.exiting()
+    with pytest.raises(AdoptionFailed, match="exited"):
+        open_process(child.pid)
+
+
+def test_failed_opens_leave_no_descriptor(child: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    """A /proc without the process: refused, and the pidfd is closed again."""
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(AdoptionFailed):
+        open_process(child.pid, str(tmp_path))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_closed_handle_is_of_no_process(child: subprocess.Popen[bytes]) -> None:
+    """alive() is False, fileno() an error, close() may be repeated."""
+    handle = open_process(child.pid)
+    assert handle.alive()
+    assert not handle.exiting()
+    handle.close()
+    handle.close()
+    assert not handle.alive()
+    with pytest.raises(ValueError, match="closed"):
+        handle.fileno()
+
+
+def test_a_process_on_its_way_out_is_exiting(child: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    """PF_EXITING shows in field 9 before the pidfd says so."""
+    fields = " ".join(str(number) for number in range(10, 23))
+    (tmp_path / str(child.pid)).mkdir()
+    stat = tmp_path / str(child.pid) / "stat"
+    stat.write_text(f"{child.pid} (sleep) S 4 5 6 7 8 {0x400100} {fields}\n")
+    with open_process(child.pid, str(tmp_path)) as handle:
+        assert not handle.exiting()
+        stat.write_text(f"{child.pid} (sleep) R 4 5 6 7 8 {0x400104} {fields}\n")
+        assert handle.alive()
+        assert handle.exiting()
+
+
+@pytest.mark.parametrize("stat", ["", "7", "7 (x", "7 (x) S 1", "7 (x) " + "S " * 30])
+def test_a_broken_stat_line_is_no_start_time(tmp_path: Path, stat: str) -> None:
+    """Unknown is None, never 0."""
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "stat").write_text(stat)
+    assert started_ns(7, str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("comm", ["sshd", "a b", "a) S 1 1 1", ") (", "(", ")", "x\ny", "9 9 9"])
+def test_comm_cannot_forge_a_start_time(tmp_path: Path, comm: str) -> None:
+    """Field 22 counts from the last parenthesis."""
+    fields = " ".join(str(number) for number in range(4, 22))
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "stat").write_text(f"7 ({comm}) S {fields} 1234 23 24\n")
+    assert started_ns(7, str(tmp_path)) == 1234 * TICK_NS
+
+
+def test_start_time_is_rounded_down_to_a_tick() -> None:
+    """It is never after the real start, and less than a tick before it plus what starting takes."""
+    earliest = boottime_ns()
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        latest = boottime_ns()
+        started = started_ns(process.pid)
+        assert started is not None
+        assert earliest - TICK_NS < started <= latest
+        assert not was_started_before(process.pid, earliest - 2 * TICK_NS)
+        assert was_started_before(process.pid, latest)
+        with open_process(process.pid) as handle:
+            assert handle.started_ns == started
+    finally:
+        process.kill()
+        process.wait()
