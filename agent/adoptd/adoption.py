@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import List, Mapping, Optional, Tuple
 
+from adoptd import log
 from adoptd.callerid import Asker, AskFault, Told
 from adoptd.deadline import Deadline
 from adoptd.jobs import JobBackend
@@ -118,7 +119,6 @@ class Adoptions:
 
     async def serve(self, request: PamRequest, process: ProcessHandle, deadline: Deadline) -> Tuple[PamReply, Decision]:
         """The reply for one phase of one login. ``process`` is the caller, as the kernel named it."""
-        started = time.monotonic()
         login = Login(request.uid, request.user, request.connection, request.options)
         mover = process if request.mode is Mode.ENFORCE else None
         if request.phase is Phase.ACCOUNT:
@@ -128,8 +128,7 @@ class Adoptions:
         self._metrics.adoptions.labels(
             request.phase.name.lower(), request.mode.name.lower(), decision.outcome, decision.reason
         ).inc()
-        self._metrics.adoption_seconds.labels(request.phase.name.lower()).observe(time.monotonic() - started)
-        return self._reply(request, decision), decision
+        return _reply(request, decision, await self._environment(decision, deadline)), decision
 
     async def explain(self, login: Login, deadline: Deadline) -> Decision:
         """The decision that ``login``'s account phase would get now. Moves nothing, remembers nothing."""
@@ -286,17 +285,28 @@ class Adoptions:
             )
         return _fitting(f"Access to {node} refused: {why}")
 
-    def _reply(self, request: PamRequest, decision: Decision) -> PamReply:
-        environment = self._jobs.session_environment(decision.job) if decision.adopted and decision.job else {}
-        witness = "none" if decision.witness is None else decision.witness.value
-        return PamReply(
-            verdict=decision.verdict,
-            adopted=decision.adopted,
-            job_id="" if decision.job is None else decision.job.id,
-            summary=f"reason={decision.reason} witness={witness}",
-            message=decision.message if request.mode is Mode.ENFORCE else "",
-            environment=environment,
-        )
+    async def _environment(self, decision: Decision, deadline: Deadline) -> Mapping[str, str]:
+        job = decision.job
+        if not decision.adopted or job is None:
+            return {}
+        try:
+            return await self._workers.run(lambda: self._jobs.session_environment(job), deadline)
+        except (JobManagerError, OutOfTime, Overloaded) as error:
+            # The session is in its job; without the variables it is less convenient, not less right.
+            log.warning("environment_unavailable", job=job.id, error=str(error))
+            return {}
+
+
+def _reply(request: PamRequest, decision: Decision, environment: Mapping[str, str]) -> PamReply:
+    witness = "none" if decision.witness is None else decision.witness.value
+    return PamReply(
+        verdict=decision.verdict,
+        adopted=decision.adopted,
+        job_id="" if decision.job is None else decision.job.id,
+        summary=f"reason={decision.reason} witness={witness}",
+        message=decision.message if request.mode is Mode.ENFORCE else "",
+        environment=environment,
+    )
 
 
 def _fitting(message: str) -> str:

@@ -34,7 +34,7 @@ from adoptd.model import (
 )
 from adoptd.process import was_started_before
 from adoptd.seal import Opened, Seal, SealError
-from adoptd.seal.replay import ReplayCache
+from adoptd.seal.replay import Admission, ReplayCache
 from adoptd.wire import frame
 from adoptd.wire.callerid import (
     Answer,
@@ -274,7 +274,10 @@ class Responder:
 
     def _first_time(self, question: Question) -> None:
         # The seal refuses what is older than ttl_s, and MUNGE allows as much again for clocks that differ.
-        if not self._replays.admit(question.nonce, time.time() + 2 * self._ttl_s):
+        admission = self._replays.offer(question.nonce, time.time() + 2 * self._ttl_s)
+        if admission is Admission.FULL:
+            raise Refused(Refusal.UNAVAILABLE, "more questions than nonces can be kept of")
+        if admission is not Admission.NEW:
             raise Refused(Refusal.REPLAYED, f"nonce {question.nonce} was seen before")
 
     async def _may_ask_and_settle(self, question: Question, asker_uid: int, deadline: Deadline) -> Settled:

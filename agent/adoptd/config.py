@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Mapping, Tuple, Type
 
-from adoptd.jobs.template import JobPath, parse_leaf, parse_leaf
+from adoptd.jobs.template import JobPath, parse_leaf
 from adoptd.model import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -79,6 +79,13 @@ def _accepted_by(parse: Callable[[str], object]) -> Callable[[object], bool]:
     return accepts
 
 
+def _socket_path() -> Mapping[str, _Rule]:
+    def accepts(value: object) -> bool:
+        return isinstance(value, str) and value.startswith("/") and "\0" not in value and len(value.encode()) <= 107
+
+    return _rule("an absolute path of at most 107 bytes (unix(7))", accepts, True)
+
+
 def _leaf() -> Mapping[str, _Rule]:
     return _rule('a path relative to the job\'s cgroup, such as "session", or ""', _accepted_by(parse_leaf), False)
 
@@ -119,8 +126,8 @@ def _node_name() -> Mapping[str, _Rule]:
 class AgentConfig:
     """[agent]: where sshd and users reach the agent, and what it says of itself."""
 
-    pam_socket: str = field(default="/run/adoptd/pam.sock", metadata=_path(restart=True))
-    user_socket: str = field(default="/run/adoptd/user.sock", metadata=_path(restart=True))
+    pam_socket: str = field(default="/run/adoptd/pam.sock", metadata=_socket_path())
+    user_socket: str = field(default="/run/adoptd/user.sock", metadata=_socket_path())
     log_level: str = field(default="info", metadata=_choice("error", "warning", "info", "debug"))
     node_name: str = field(default="", metadata=_node_name())
 

@@ -164,8 +164,9 @@ class Control:
             found = await self._workers.run(
                 lambda: socket.getaddrinfo(host, None, family=family, type=socket.SOCK_STREAM), deadline
             )
-        except OSError as error:
-            raise CommandRefused(f"{host!r} has no IPv{version} address ({error.strerror})") from None
+        except (OSError, UnicodeError) as error:
+            # UnicodeError: what cannot be a host name at all, such as a label of 64 characters.
+            raise CommandRefused(f"{host!r} has no IPv{version} address ({error})") from None
         return ipaddress.ip_address(str(found[0][4][0]).partition("%")[0])
 
 

@@ -6,6 +6,7 @@ doorkeepers of :mod:`adoptd.server`; the work is done by callerid, adoption and 
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import time
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ from adoptd.wire.pam import REQUEST_BYTES, PamRequest, decode_request, encode_re
 _REPLY_MARGIN_MS = 30.0
 
 
+# Logins, and answers, that are worked on at once. The rest wait for their turn in the order they came, so that in a
+# storm those that are begun end within their budget instead of all of them being late together.
+_AT_ONCE = 16
+
+
 @dataclass(frozen=True)
 class Desk:
     """What the handlers work with; replaced as a whole when the configuration is read again."""
@@ -44,6 +50,8 @@ class Handlers:
     def __init__(self, desk: Callable[[], Desk], metrics: Metrics) -> None:
         self._desk = desk
         self._metrics = metrics
+        self._logins = asyncio.Semaphore(_AT_ONCE)
+        self._answers = asyncio.Semaphore(_AT_ONCE)
 
     async def pam(self, conversation: Conversation) -> None:
         """One phase of one login, asked by pam_adopt.so in sshd."""
@@ -63,9 +71,12 @@ class Handlers:
         except AdoptionFailed as error:
             raise Refused(Refusal.PROCESS_GONE, str(error)) from None
         with process:
-            reply, decision = await self._desk().adoptions.serve(request, process, deadline)
-            _log_adoption(request, decision, caller.pid, (time.monotonic() - started) * 1000.0)
+            async with self._logins:
+                reply, decision = await self._desk().adoptions.serve(request, process, deadline)
             await conversation.send(encode_reply(reply))
+        seconds = time.monotonic() - started
+        self._metrics.adoption_seconds.labels(request.phase.name.lower()).observe(seconds)
+        _log_adoption(request, decision, caller.pid, seconds * 1000.0)
 
     async def peer(self, conversation: Conversation) -> None:
         """A callerid question of another node's agent."""
@@ -76,7 +87,9 @@ class Handlers:
         if responder is None:
             raise Refused(Refusal.UNAVAILABLE, "there is nothing to open seals with")
         reached_at = ipaddress.ip_address(str(conversation.sock.getsockname()[0]).partition("%")[0])
-        answer, settled = await responder.answer(sealed, reached_at, Deadline.after_ms(timeout_ms))
+        deadline = Deadline.after_ms(timeout_ms)
+        async with self._answers:
+            answer, settled = await responder.answer(sealed, reached_at, deadline)
         await conversation.send(frame.encode_frame(answer, frame.CALLERID_MAX_BYTES))
         witness = None if settled.job is None or settled.owner is None else settled.owner.witness
         seconds = time.monotonic() - started

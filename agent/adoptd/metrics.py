@@ -130,13 +130,14 @@ class Metrics:
         self.self_test_ok = Gauge(
             "adoptd_probe_self_test_success",
             "1 if the last self-test found its own connection, 0 if it did not.",
-            registry=self.registry,
+            registry=None,
         )
         self.self_test_time = Gauge(
             "adoptd_probe_self_test_timestamp_seconds",
             "When the last self-test ended, Unix time.",
-            registry=self.registry,
+            registry=None,
         )
+        self._self_tested = False
         self.config_reload_ok = Gauge(
             "adoptd_config_last_reload_success",
             "1 if the configuration was read without error the last time, 0 if the one before is still in force.",
@@ -164,6 +165,15 @@ class Metrics:
         """Set which witnesses can be asked."""
         for witness, is_up in up.items():
             self.witness_up.labels(witness.value).set(int(is_up))
+
+    def show_self_test(self, ok: bool) -> None:
+        """Set how the last self-test ended. Before the first there is no series: 0 would say that it failed."""
+        self.self_test_ok.set(int(ok))
+        self.self_test_time.set_to_current_time()
+        if not self._self_tested:
+            self._self_tested = True
+            self.registry.register(self.self_test_ok)
+            self.registry.register(self.self_test_time)
 
     def watch_probe(self, counters: Callable[[], Mapping[str, int]]) -> None:
         """Export ``counters()``, the events counted inside BPF by kind, read at each scrape."""

@@ -70,7 +70,7 @@ class Endpoint:
     The two spellings name one endpoint (RFC 4291, 2.5.5.2): a dual-stack sshd reports
     ``::ffff:10.0.0.1`` for what the client's socket calls ``10.0.0.1``.
 
-    Raises ValueError if the port is not in 1..65535.
+    Raises ValueError if the port is not in 1..65535 or the address has a zone (RFC 4007, 11).
     """
 
     address: IPAddress
@@ -80,6 +80,8 @@ class Endpoint:
         if not 1 <= self.port <= 0xFFFF:
             raise ValueError(f"port {self.port} is not in 1..65535")
         if isinstance(self.address, ipaddress.IPv6Address):
+            if self.address.scope_id is not None:
+                raise ValueError(f"{self.address} has a zone, which means something on one host only")
             mapped = self.address.ipv4_mapped
             if mapped is not None:
                 object.__setattr__(self, "address", mapped)

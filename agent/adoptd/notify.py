@@ -20,7 +20,7 @@ def notify(*assignments: str) -> None:
             sock.connect(address)
             sock.sendall("\n".join(assignments).encode())
     except OSError as error:
-        log.warning("notify_failed", socket=path, error=error.strerror)
+        log.warning("notify_failed", socket=path, error=error.strerror or str(error))
 
 
 def watchdog_interval_s() -> float:

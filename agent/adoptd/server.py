@@ -66,7 +66,7 @@ class Conversation:
         self._loop = asyncio.get_running_loop()
 
     async def read_exactly(self, count: int) -> bytes:
-        """``count`` bytes. Raises Refused (truncated) if the peer closes before; none were sent: no words."""
+        """``count`` bytes. Raises Refused (truncated) if the peer closes before it has sent them."""
         data = bytearray()
         while len(data) < count:
             chunk = await self._loop.sock_recv(self.sock, count - len(data))
@@ -155,6 +155,9 @@ class Doorkeeper:
                 await asyncio.sleep(0.05)
                 continue
             self._start(sock, address)
+            # sock_accept() does not yield while connections are waiting: without this a flood of them
+            # would keep the loop from serving, and even from dropping, those already accepted.
+            await asyncio.sleep(0)
 
     def _start(self, sock: socket.socket, address: object) -> None:
         if sock.family == socket.AF_UNIX:
@@ -207,6 +210,8 @@ class Doorkeeper:
             if key is None or other == key:
                 self._refused(Refusal.TOO_MANY, other, "too many connections at once, this one was silent longest")
                 task.cancel()
+                # At once: the task ends later, and the next one over the bound must not choose it again.
+                del self._silent[task]
                 return
 
     def _refused(self, reason: Refusal, peer: str, text: str) -> None:

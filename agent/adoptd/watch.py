@@ -178,5 +178,4 @@ class Watch:
         self._metrics.show_witnesses({name: reason is None for name, reason in status.witnesses.items()})
         self._metrics.probe_attached.set(int(status.probe_attached))
         if status.self_test is not None:
-            self._metrics.self_test_ok.set(int(status.self_test == "ok"))
-            self._metrics.self_test_time.set_to_current_time()
+            self._metrics.show_self_test(status.self_test == "ok")

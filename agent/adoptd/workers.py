@@ -43,6 +43,9 @@ class Workers:
 
     async def run(self, call: Callable[[], _T], deadline: Deadline) -> _T:
         """The result of ``call()``, made in a thread. Raises what it raises, OutOfTime or Overloaded."""
+        if deadline.expired:
+            # Not even begun: a move into a job must not happen after its login was told that it failed.
+            raise OutOfTime(f"{self._name}: no time left")
         with self._lock:
             if self._pending >= self._backlog:
                 raise Overloaded(f"{self._name}: {self._pending} calls are under way, at most {self._backlog}")

@@ -193,6 +193,8 @@ def _connection(fields: Fields) -> Connection:
 def _address(fields: Fields, key: str) -> IPAddress:
     # 45 characters: the longest text of an IPv6 address (RFC 4291, 2.2, with an embedded IPv4 part).
     text = fields.text(key, 45)
+    if "%" in text:
+        raise ProtocolError(f"{key} has a zone, which is an interface of one host and means nothing to another")
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

@@ -62,7 +62,7 @@ def decode_reply(body: bytes) -> Union[Result, str]:
     """The result, or the error's text, in a frame body from the agent. Raises ProtocolError."""
     try:
         value = json.loads(body.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"the agent's reply is not JSON: {error}") from None
     if isinstance(value, dict) and value.get("v") == VERSION:
         result, text = value.get("result"), value.get("error")

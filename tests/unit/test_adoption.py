@@ -1,0 +1,549 @@
+"""Adoptions through both phases: what is denied, what is never used, what is said, and what is done."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import threading
+from dataclasses import dataclass
+from typing import Dict, Iterator, List, Optional, Tuple
+
+import pytest
+from adoptd.adoption import Adoptions, Decision, Login
+from adoptd.callerid import AskFault, Told
+from adoptd.deadline import Deadline
+from adoptd.metrics import Metrics
+from adoptd.model import Connection, IPAddress, Job, Witness
+from adoptd.policy import Action, Options, Situation, Step
+from adoptd.process import ProcessHandle, open_process
+from adoptd.sessions import PendingLogins
+from adoptd.wire.callerid import Outcome
+from adoptd.wire.pam import MESSAGE_BYTES, Mode, PamReply, PamRequest, Phase, Verdict, encode_reply
+from adoptd.workers import Workers
+from fakes import ALICE, BOB, FakeBackend, connection, job, sample, soon
+
+ENDS = connection()
+OLD = job("17", created=1)
+NEW = job("18", created=2, identity=(2,))
+ALLOW, DENY, IGNORE, NEWEST = Action.ALLOW, Action.DENY, Action.IGNORE, Action.NEWEST
+
+UNKNOWN = Told(Outcome.UNKNOWN, "not_found")
+NAMES_OLD = Told(Outcome.JOB, "owner", "17", Witness.BPF)
+
+
+class FakeAsker:
+    """Stands in for callerid.Asker: says ``told`` and notes what it was asked."""
+
+    def __init__(self, told: Told) -> None:
+        self.told = told
+        self.asked: List[Tuple[Connection, Optional[int]]] = []
+
+    async def ask(
+        self, connection: Connection, login_uid: Optional[int], deadline: Deadline, at: Optional[IPAddress] = None
+    ) -> Told:
+        self.asked.append((connection, login_uid))
+        return self.told
+
+
+@dataclass
+class Served:
+    reply: PamReply
+    decision: Decision
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.reply.verdict
+
+    @property
+    def job(self) -> Optional[str]:
+        return None if self.decision.job is None else self.decision.job.id
+
+
+class Node:
+    """A destination node whose sshd is this test process."""
+
+    def __init__(self, *jobs: Job, told: Optional[Told] = UNKNOWN, name: str = "n1") -> None:
+        self.backend = FakeBackend(*sorted(jobs, key=lambda j: -j.created))
+        self.asker = None if told is None else FakeAsker(told)
+        self.now = 1000.0
+        self.pending = PendingLogins(lambda: self.now)
+        self.workers = Workers("jobs", 2, 8)
+        self.metrics = Metrics()
+        self.adoptions = Adoptions(
+            name, self.backend, self.asker, self.pending, self.workers, self.metrics  # type: ignore[arg-type]
+        )
+
+    def serve(
+        self,
+        phase: Phase,
+        options: Options = Options(),  # noqa: B008 - frozen
+        uid: int = ALICE,
+        over: Optional[Connection] = ENDS,
+        mode: Mode = Mode.ENFORCE,
+        ms: float = 2000.0,
+    ) -> Served:
+        request = PamRequest(phase, mode, options, uid, 1000, over, "sshd", "alice", "", True, False)
+
+        async def story() -> Tuple[PamReply, Decision]:
+            with open_process(os.getpid()) as process:
+                return await self.adoptions.serve(request, process, Deadline.after_ms(ms))
+
+        reply, decision = asyncio.run(story())
+        encode_reply(reply)  # whatever is decided fits the record
+        assert reply.adopted == decision.adopted
+        assert not (reply.adopted and reply.verdict is not Verdict.SUCCESS)
+        return Served(reply, decision)
+
+    def account(self, options: Options = Options(), **more: object) -> Served:  # noqa: B008
+        return self.serve(Phase.ACCOUNT, options, **more)  # type: ignore[arg-type]
+
+    def session(self, options: Options = Options(), **more: object) -> Served:  # noqa: B008
+        return self.serve(Phase.SESSION, options, **more)  # type: ignore[arg-type]
+
+    @property
+    def moved_to(self) -> Optional[str]:
+        found = self.backend.adopted.pop(os.getpid(), None)
+        return None if found is None else found.id
+
+    def counted(self, phase: str, outcome: str, reason: str, mode: str = "enforce") -> float:
+        return sample(
+            self.metrics, "adoptd_adoptions_total", phase=phase, mode=mode, outcome=outcome, reason=reason
+        )
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What a hanging job manager waits for; opened at the end of every test."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+# ---- the account phase: who is not let in, and why
+
+
+def test_no_job_is_denied_with_a_sentence() -> None:
+    """PAM_PERM_DENIED, the node's name, and what to do."""
+    node = Node(job("7", BOB))
+    served = node.account()
+    assert served.verdict is Verdict.DENY
+    assert served.reply.message == (
+        "Access to n1 refused: you have no job running on n1. Log in to a node on which one of your jobs is running."
+    )
+    assert served.reply.summary == "reason=no_jobs witness=none"
+    assert (served.reply.job_id, served.reply.environment, node.moved_to) == ("", {}, None)
+    assert node.counted("account", "denied", "no_jobs") == 1
+
+
+def test_no_job_ignored() -> None:
+    """action_no_jobs=ignore: the rest of the stack decides, without a message."""
+    node = Node()
+    served = node.account(Options(action_no_jobs=IGNORE))
+    assert (served.verdict, served.reply.message) == (Verdict.IGNORE, "")
+    assert node.counted("account", "ignored", "no_jobs") == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "verdict", "outcome"),
+    [(DENY, Verdict.DENY, "denied"), (ALLOW, Verdict.SUCCESS, "allowed"), (IGNORE, Verdict.IGNORE, "ignored")],
+)
+def test_the_job_manager_cannot_be_asked(action: Action, verdict: Verdict, outcome: str) -> None:
+    """Not "no jobs": the option for it decides, and nobody is adopted."""
+    node = Node(OLD)
+    node.backend.down = "no cgroup mount"
+    served = node.account(Options(action_generic_failure=action))
+    assert (served.verdict, served.decision.situation) == (verdict, Situation.GENERIC_FAILURE)
+    assert ("cannot be looked up" in served.reply.message) == (action is DENY)
+    assert node.moved_to is None
+    assert node.counted("account", outcome, "generic_failure") == 1
+    assert served.decision.stages[0].found == "cannot be asked: no cgroup mount"
+
+
+def test_the_job_manager_hangs(gate: threading.Event) -> None:
+    """Its silence is a generic failure at the deadline, not a login that hangs."""
+    node = Node(OLD)
+    node.backend.hang = gate
+    served = node.account(Options(action_generic_failure=DENY), ms=50)
+    assert served.verdict is Verdict.DENY
+    assert served.decision.situation is Situation.GENERIC_FAILURE
+
+
+@pytest.mark.parametrize("told", [UNKNOWN, Told(Outcome.NO_JOB, "owner"), Told(Outcome.UNKNOWN, "timeout"), None])
+def test_unknown_denied(told: Optional[Told]) -> None:
+    """Several jobs and no answer, whichever way: the message names the jobs."""
+    node = Node(OLD, NEW, told=told)
+    served = node.account(Options(action_unknown=DENY))
+    assert served.verdict is Verdict.DENY
+    assert "you have several jobs on n1 (18, 17) and it could not be found out" in served.reply.message
+    assert node.moved_to is None
+    assert node.counted("account", "denied", "unknown") == 1
+
+
+def test_no_connection_is_not_asked_about() -> None:
+    """A login without a TCP connection is unknown; nobody is asked, nothing is remembered."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    served = node.account(Options(action_unknown=DENY), over=None)
+    assert served.verdict is Verdict.DENY
+    assert node.asker is not None
+    assert node.asker.asked == []
+    assert len(node.pending) == 0
+    assert AskFault.NO_CONNECTION.value in served.decision.stages[1].found
+
+
+@pytest.mark.parametrize(
+    "told_id",
+    [
+        pytest.param("7", id="bob's job here"),
+        pytest.param("99", id="a job that is not here"),
+        pytest.param("017", id="an id that merely looks alike"),
+        pytest.param("17\n", id="an id with a newline"),
+    ],
+)
+@pytest.mark.parametrize("action", [DENY, NEWEST, ALLOW])
+def test_a_job_that_is_not_here_or_not_the_user_s_is_never_used(told_id: str, action: Action) -> None:
+    """Whatever the source node says, the job must be one of the user's on this node."""
+    node = Node(OLD, NEW, job("7", BOB), told=Told(Outcome.JOB, "owner", told_id, Witness.BPF))
+    served = node.account(Options(action_unknown=action))
+    expected = {DENY: (Verdict.DENY, None), NEWEST: (Verdict.SUCCESS, "18"), ALLOW: (Verdict.SUCCESS, None)}
+    assert (served.verdict, served.job) == expected[action]
+    assert node.moved_to == expected[action][1]
+    assert served.decision.witness is None
+    assert set(node.backend.tried) <= {"18"}
+
+
+@pytest.mark.parametrize("outcome", [Outcome.UNKNOWN, Outcome.NO_JOB])
+def test_a_job_beside_another_outcome_is_not_used(outcome: Outcome) -> None:
+    """Only the outcome "job" names one."""
+    node = Node(OLD, NEW, told=Told(outcome, "owner", "17", Witness.BPF))
+    assert node.account().job == "18"
+
+
+@pytest.mark.parametrize(("action", "verdict"), [(DENY, Verdict.DENY), (ALLOW, Verdict.SUCCESS)])
+def test_the_only_job_cannot_be_had(action: Action, verdict: Verdict) -> None:
+    """action_adopt_failure decides; let in means not adopted, and says so."""
+    node = Node(OLD)
+    node.backend.cannot_adopt["17"] = "frozen"
+    served = node.account(Options(action_adopt_failure=action))
+    assert (served.verdict, served.reply.adopted, served.reply.job_id) == (verdict, False, "")
+    assert served.reply.summary == "reason=adopt_failure witness=none"
+    assert ("could not be put into your job" in served.reply.message) == (action is DENY)
+    assert [s.found for s in served.decision.stages if s.name == "adopt"] == ["job 17 failed: frozen"]
+    assert node.counted("account", {DENY: "denied", ALLOW: "allowed"}[action], "adopt_failure") == 1
+
+
+@pytest.mark.parametrize("action", [NEWEST, ALLOW, DENY])
+def test_the_named_job_cannot_be_had(action: Action) -> None:
+    """action_unknown decides again; newest goes on to the newest."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    node.backend.cannot_adopt["17"] = "ending"
+    served = node.account(Options(action_unknown=action))
+    expected = {DENY: (Verdict.DENY, None), NEWEST: (Verdict.SUCCESS, "18"), ALLOW: (Verdict.SUCCESS, None)}
+    assert (served.verdict, node.moved_to) == expected[action]
+    assert served.decision.witness is None, "the witness named another job than the one adopted into"
+    assert node.backend.tried == (["17", "18"] if action is NEWEST else ["17"])
+
+
+def test_neither_the_named_nor_the_newest_can_be_had() -> None:
+    """Then it is action_adopt_failure's."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    node.backend.cannot_adopt.update({"17": "ending", "18": "frozen"})
+    served = node.account(Options(action_adopt_failure=DENY))
+    assert (served.verdict, served.decision.situation) == (Verdict.DENY, Situation.ADOPT_FAILURE)
+    assert node.backend.tried == ["17", "18"]
+
+
+def test_the_newest_is_tried_once_when_it_was_the_named_one() -> None:
+    """The named job is the newest: tried again, as the rules say, and then it ends."""
+    node = Node(OLD, NEW, told=Told(Outcome.JOB, "owner", "18", Witness.BPF))
+    node.backend.cannot_adopt["18"] = "frozen"
+    assert node.account(Options(action_adopt_failure=DENY)).verdict is Verdict.DENY
+    assert node.backend.tried == ["18", "18"]
+
+
+# ---- the account phase: who is let in
+
+
+def test_the_only_job_without_asking() -> None:
+    """single_job_skip_rpc: adopted, environment and job id in the reply, nobody asked."""
+    node = Node(OLD, job("7", BOB), told=NAMES_OLD)
+    served = node.account()
+    assert (served.verdict, served.reply.adopted, served.reply.job_id) == (Verdict.SUCCESS, True, "17")
+    assert served.reply.environment == {"SLURM_JOB_ID": "17"}
+    assert served.reply.summary == "reason=only_job witness=none"
+    assert node.asker is not None
+    assert node.asker.asked == []
+    assert node.moved_to == "17"
+    assert node.counted("account", "adopted", "only_job") == 1
+
+
+def test_the_only_job_with_asking() -> None:
+    """single_job_skip_rpc=0: the connection may come from a job elsewhere, and then it is unknown."""
+    node = Node(OLD, told=Told(Outcome.JOB, "owner", "99", Witness.BPF))
+    assert node.account(Options(single_job_skip_rpc=False, action_unknown=DENY)).verdict is Verdict.DENY
+    node = Node(OLD, told=NAMES_OLD)
+    assert node.account(Options(single_job_skip_rpc=False)).reply.summary == "reason=callerid witness=bpf"
+
+
+def test_the_job_that_the_source_names() -> None:
+    """Not the newest but the one the connection came from; the source is told connection and login uid."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    served = node.account()
+    assert (served.verdict, node.moved_to) == (Verdict.SUCCESS, "17")
+    assert served.reply.summary == "reason=callerid witness=bpf"
+    assert node.asker is not None
+    assert node.asker.asked == [(ENDS, ALICE)]
+    assert node.counted("account", "adopted", "callerid") == 1
+    assert [stage.name for stage in served.decision.stages] == ["jobs_here", "ask_source", "adopt"]
+
+
+def test_the_newest_when_unknown() -> None:
+    """The default: the backend's first."""
+    node = Node(OLD, NEW)
+    served = node.account()
+    assert (node.moved_to, served.reply.summary) == ("18", "reason=newest witness=none")
+
+
+def test_unknown_allowed() -> None:
+    """Let in without adoption: no job, no environment."""
+    node = Node(OLD, NEW)
+    served = node.account(Options(action_unknown=ALLOW))
+    assert (served.verdict, served.reply.adopted, served.reply.environment) == (Verdict.SUCCESS, False, {})
+    assert node.moved_to is None
+    assert node.counted("account", "allowed", "unknown") == 1
+
+
+# ---- the session phase
+
+
+def test_the_session_follows_the_account_phase() -> None:
+    """Same job, without asking again, although it is not the newest; adopted and counted."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    node.account()
+    assert node.moved_to == "17"
+    assert node.asker is not None
+    node.asker.told = UNKNOWN
+    served = node.session()
+    assert (served.verdict, served.reply.adopted, node.moved_to) == (Verdict.SUCCESS, True, "17")
+    assert served.reply.summary == "reason=account_phase witness=bpf"
+    assert len(node.asker.asked) == 1
+    assert node.counted("session", "adopted", "account_phase") == 1
+
+
+def test_the_session_follows_once() -> None:
+    """A later login over the same pair of ports is another login."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    node.account()
+    node.session()
+    assert node.asker is not None
+    node.asker.told = UNKNOWN
+    assert node.session().job == "18"
+
+
+@pytest.mark.parametrize("other", [{"uid": BOB}, {"over": connection(40001)}, {"over": None}])
+def test_another_login_s_account_phase_is_not_followed(other: Dict[str, object]) -> None:
+    """Neither another user's nor another connection's."""
+    node = Node(OLD, NEW, job("7", BOB), told=NAMES_OLD)
+    node.account()
+    assert node.asker is not None
+    node.asker.told = UNKNOWN
+    assert node.session(**other).job != "17"
+
+
+def test_an_account_phase_too_long_ago_is_not_followed() -> None:
+    """After ten minutes everything is open again."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    node.account()
+    node.now += 600.0
+    assert node.asker is not None
+    node.asker.told = UNKNOWN
+    assert node.session().job == "18"
+
+
+def test_the_job_ended_between_the_phases() -> None:
+    """Decided anew: into another job, or out if there is none left, as the options say."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    node.account()
+    node.backend.jobs.remove(OLD)
+    served = node.session()
+    assert (served.verdict, served.job) == (Verdict.SUCCESS, "18")
+    assert "failed: job 17 is gone" in served.decision.stages[1].found
+
+
+def test_the_last_job_ended_between_the_phases() -> None:
+    """The account phase let the user in for a job that is no more: without one there is no session either."""
+    node = Node(OLD)
+    node.account()
+    assert node.moved_to == "17"
+    node.backend.jobs.clear()
+    served = node.session()
+    assert (served.verdict, served.decision.reason, node.moved_to) == (Verdict.DENY, "no_jobs", None)
+    assert "you have no job running on n1" in served.reply.message
+
+
+def test_a_job_made_again_under_the_same_id_is_another_job() -> None:
+    """The same id with another identity is not what the account phase adopted into."""
+    again = job("17", created=3, identity=(9,))
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    node.account()
+    node.backend.jobs[:] = [NEW, again]
+    served = node.session()
+    assert served.decision.stages[1].found == "failed: job 17 is gone"
+    assert served.decision.job == again, "named anew by the source, and adopted as the job it is now"
+
+
+def test_the_job_manager_goes_down_between_the_phases() -> None:
+    """The session phase then has its own generic failure."""
+    node = Node(OLD)
+    node.account()
+    node.backend.cannot_adopt["17"] = "no mount"
+    node.backend.down = "no mount"
+    assert node.session(Options(action_generic_failure=DENY)).verdict is Verdict.DENY
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_denied_here_but_let_in_by_another_module(known: bool) -> None:
+    """pam_access below us let the user in: the session phase ignores, it does not deny a second time."""
+    node = Node()
+    if known:
+        assert node.account().verdict is Verdict.DENY
+    served = node.session()
+    assert (served.verdict, served.reply.message, served.reply.adopted) == (Verdict.IGNORE, "", False)
+    assert node.counted("session", "ignored", "no_jobs") == 1
+    assert node.counted("session", "denied", "no_jobs") == 0
+
+
+def test_allowed_unadopted_stays_unadopted() -> None:
+    """action_unknown=allow in the account phase: the session phase does not adopt into a guess."""
+    node = Node(OLD, NEW)
+    options = Options(action_unknown=ALLOW)
+    node.account(options)
+    served = node.session(options)
+    assert (served.verdict, served.reply.adopted, node.moved_to) == (Verdict.SUCCESS, False, None)
+
+
+def test_denied_as_unknown_but_let_in_by_another_module() -> None:
+    """Ignored as well, and not put into the newest by the session phase."""
+    node = Node(OLD, NEW)
+    options = Options(action_unknown=DENY)
+    assert node.account(options).verdict is Verdict.DENY
+    assert (node.session(options).verdict, node.moved_to) == (Verdict.IGNORE, None)
+
+
+def test_a_session_without_an_account_phase_is_decided_here() -> None:
+    """The module is only in the session stack, or the agent was restarted between."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    served = node.session()
+    assert (served.verdict, node.moved_to) == (Verdict.SUCCESS, "17")
+
+
+def test_a_failed_account_adoption_is_tried_again() -> None:
+    """Let in by action_adopt_failure=allow: by the session phase the job may be able to take it."""
+    node = Node(OLD)
+    node.backend.cannot_adopt["17"] = "frozen"
+    assert node.account().reply.adopted is False
+    node.backend.cannot_adopt.clear()
+    assert (node.session().reply.adopted, node.moved_to) == (True, "17")
+
+
+# ---- observing and explaining change nothing
+
+
+@pytest.mark.parametrize("jobs", [(), (OLD,), (OLD, NEW)])
+def test_observing_moves_nothing(jobs: Tuple[Job, ...]) -> None:
+    """In both phases: decided and counted, never adopted, and no message for the user."""
+    node = Node(*jobs, told=NAMES_OLD)
+    for phase, word in ((Phase.ACCOUNT, "account"), (Phase.SESSION, "session")):
+        served = node.serve(phase, mode=Mode.OBSERVE)
+        assert served.reply.adopted is False
+        assert (served.reply.environment, served.reply.message) == ({}, "")
+        counted = node.counted(word, served.decision.outcome, served.decision.reason, mode="observe")
+        assert counted == 1
+    assert (node.backend.tried, node.moved_to) == ([], None)
+
+
+def test_observing_says_what_it_would_have_done() -> None:
+    """The job, the reason and the witness, as in earnest."""
+    served = Node(OLD, NEW, told=NAMES_OLD).account(mode=Mode.OBSERVE)
+    assert (served.decision.outcome, served.reply.job_id) == ("adopted", "17")
+    assert served.reply.summary == "reason=callerid witness=bpf"
+    assert served.decision.stages[-1].found == "would be job 17"
+
+
+def test_explaining_remembers_and_counts_nothing() -> None:
+    """The next login is decided as if nobody had asked."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    decision = asyncio.run(node.adoptions.explain(Login(ALICE, "alice", ENDS, Options()), soon()))
+    assert (decision.step, decision.job, decision.adopted) == (Step.SUCCEED, OLD, False)
+    assert (node.backend.tried, len(node.pending)) == ([], 0)
+    assert node.counted("account", "adopted", "callerid") == 0
+
+
+# ---- what fits and what is counted
+
+
+def test_every_message_fits_the_record() -> None:
+    """With the longest node name and job ids there can be, and more jobs than are named."""
+    jobs = [job(str(n) * 63, created=n, identity=(n,)) for n in range(1, 9)]
+    for count, name in itertools.product((0, 1, 2, 8), ("n", "N" * 63)):
+        node = Node(*jobs[:count], name=name)
+        for broken in ("", "down", "adopt"):
+            node.backend.down = "down" if broken == "down" else None
+            node.backend.cannot_adopt = {j.id: "frozen" for j in jobs} if broken == "adopt" else {}
+            denials = Options(action_unknown=DENY, action_adopt_failure=DENY, action_generic_failure=DENY)
+            served = node.account(denials)
+            message = served.reply.message
+            assert (message != "") == (served.verdict is Verdict.DENY)
+            assert len(message.encode()) < MESSAGE_BYTES
+            assert message.isprintable()
+
+
+def test_five_of_many_jobs_are_named() -> None:
+    """A user with a thousand jobs gets a sentence, not a list."""
+    node = Node(*(job(str(n), created=n, identity=(n,)) for n in range(100, 1100)))
+    message = node.account(Options(action_unknown=DENY)).reply.message
+    assert "(1099, 1098, 1097, 1096, 1095 and others)" in message
+    assert message.endswith("Connect from inside the job.")
+
+
+def test_every_label_is_of_a_closed_set() -> None:
+    """All options, all starts, both phases: no label value that is not a word of this project's enums."""
+    reasons = {situation.value for situation in Situation} | {step.value for step in Step} | {"account_phase"}
+    outcomes = {"adopted", "allowed", "denied", "ignored"}
+    node = Node()
+    served = 0
+    for jobs, told, broken in itertools.product(((), (OLD,), (OLD, NEW)), (UNKNOWN, NAMES_OLD), (False, True)):
+        node.backend.jobs[:] = jobs
+        node.backend.cannot_adopt = {"17": "x", "18": "x"} if broken else {}
+        assert node.asker is not None
+        node.asker.told = told
+        for unknown, failure in itertools.product((NEWEST, ALLOW, DENY), (ALLOW, DENY)):
+            options = Options(action_unknown=unknown, action_adopt_failure=failure)
+            node.account(options)
+            node.session(options)
+            served += 2
+    total = 0.0
+    for metric in node.metrics.registry.collect():
+        for found in metric.samples:
+            if found.name == "adoptd_adoptions_total":
+                total += found.value
+                assert found.labels["reason"] in reasons
+                assert found.labels["outcome"] in outcomes
+                assert found.labels["phase"] in {"account", "session"}
+    assert total == served == 144
+
+
+def test_the_handle_names_the_caller() -> None:
+    """What is moved is the process the kernel named, not a pid out of the message."""
+    moved: List[ProcessHandle] = []
+
+    class Noting(FakeBackend):
+        def adopt(self, process: ProcessHandle, job: Job, deadline: Deadline) -> None:
+            moved.append(process)
+
+    node = Node(OLD)
+    node.adoptions = Adoptions(
+        "n1", Noting(OLD), None, node.pending, node.workers, node.metrics
+    )
+    node.account()
+    assert [process.pid for process in moved] == [os.getpid()]

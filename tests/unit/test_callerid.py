@@ -1,0 +1,758 @@
+"""Callerid on both sides: what is refused, what is not believed, what is not told, and then what is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import AsyncIterator, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+from adoptd.callerid import Asker, AskFault, Inquiry, Refused, Responder, SealRoom, Settled, Told
+from adoptd.connections import Witnesses
+from adoptd.deadline import Deadline
+from adoptd.jobs import CgroupFinding, CgroupVerdict
+from adoptd.metrics import Metrics, Refusal
+from adoptd.model import Ambiguous, Connection, JobManagerError, Owner, Witness, WitnessUnavailable
+from adoptd.seal import SealFault
+from adoptd.seal.key import KeySeal
+from adoptd.seal.replay import ReplayCache
+from adoptd.wire import frame
+from adoptd.wire.callerid import (
+    Answer,
+    Outcome,
+    Question,
+    Reason,
+    decode_answer,
+    decode_question,
+    encode_answer,
+    encode_question,
+)
+from adoptd.workers import Workers
+from fakes import ALICE, BOB, HERE, FakeBackend, FakeSeal, FakeWitness, connection, job, sample, soon
+
+ENDS = connection()
+NONCE = "0123456789abcdef" * 2
+CGROUP = 4711
+JOB_A = job("17")
+JOB_B = job("18")
+
+
+def boottime_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def owner(
+    uid: int = ALICE,
+    witness: Witness = Witness.BPF,
+    pid: Optional[int] = None,
+    cgroup: Optional[int] = CGROUP,
+    connected: Optional[int] = None,
+) -> Owner:
+    return Owner(witness, uid, pid, cgroup, connected)
+
+
+def in_job(found: Optional[object]) -> CgroupVerdict:
+    if found is None:
+        return CgroupVerdict(CgroupFinding.NO_JOB, "test")
+    return CgroupVerdict(CgroupFinding.JOB, "test", found)  # type: ignore[arg-type]
+
+
+class Node:
+    """A source node: its witnesses, jobs and seal, and what its responder says."""
+
+    def __init__(self, *witnesses: FakeWitness, seal: Optional[object] = None) -> None:
+        self.backend = FakeBackend(JOB_A, JOB_B)
+        self.backend.of_cgroup[CGROUP] = in_job(JOB_A)
+        self.workers = Workers("jobs", 4, 16)
+        self.witnesses = Witnesses(witnesses)
+        self.seal = FakeSeal() if seal is None else seal
+        self.inquiry = Inquiry(self.witnesses, self.backend, self.workers)
+        rooms = SealRoom(self.seal, self.workers)  # type: ignore[arg-type]
+        self.responder = Responder(self.inquiry, rooms, ReplayCache(100, time.time), ttl_s=10)
+
+    def settle(self, login_uid: Optional[int] = ALICE, ms: float = 2000.0) -> Settled:
+        return asyncio.run(self.inquiry.settle(ENDS, login_uid, Deadline.after_ms(ms)))
+
+    def answer(self, sealed: bytes, ms: float = 2000.0) -> Tuple[bytes, Settled]:
+        return asyncio.run(self.responder.answer(sealed, HERE, Deadline.after_ms(ms)))
+
+    def close(self) -> None:
+        self.workers.close()
+        self.witnesses.close()
+
+
+@pytest.fixture
+def node() -> Iterator[Callable[..., Node]]:
+    """Makes nodes, and closes them."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*witnesses: FakeWitness, seal: Optional[object] = None) -> Node:
+            made = Node(*witnesses, seal=seal)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What hanging fakes wait for; opened at the end of every test."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def bpf(found: Optional[Owner] = None) -> FakeWitness:
+    return FakeWitness(Witness.BPF, {ENDS: owner() if found is None else found})
+
+
+def question(uid: Optional[int] = ALICE, nonce: str = NONCE, to: str = "127.0.0.1") -> bytes:
+    return encode_question(Question(nonce, ipaddress.ip_address(to), ENDS, uid))
+
+
+def sealed_by(uid: int, payload: bytes) -> bytes:
+    return b"FAKE %d " % uid + payload
+
+
+NodeMaker = Callable[..., Node]
+
+
+# ---- the responder: who gets nothing at all
+
+
+@pytest.mark.parametrize("fault", list(SealFault))
+def test_a_seal_that_does_not_open_is_refused_by_its_fault(node: NodeMaker, fault: SealFault) -> None:
+    """Before anything is read or looked up; every fault of a seal is a reason of the metric."""
+    seal, witness = FakeSeal(), bpf()
+    seal.open_fault = fault
+    there = node(witness, seal=seal)
+    with pytest.raises(Refused) as refusal:
+        there.answer(sealed_by(0, question()))
+    assert refusal.value.reason is Refusal(fault.value)
+    assert witness.asked == []
+
+
+def test_a_seal_service_that_hangs_is_out_of_time(node: NodeMaker, gate: threading.Event) -> None:
+    """A stuck munged costs one question its deadline."""
+    seal = FakeSeal(may_block=True)
+    seal.hang = gate
+    started = time.monotonic()
+    with pytest.raises(Refused) as refusal:
+        node(bpf(), seal=seal).answer(sealed_by(0, question()), ms=50)
+    assert refusal.value.reason is Refusal.UNAVAILABLE
+    assert time.monotonic() - started < 2.0
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"x",
+        b"{}",
+        b"[" * 1000,
+        question().replace(b'"v":1', b'"v":2'),
+        question()[:-1],
+        encode_answer(Answer(NONCE, HERE, ENDS, Outcome.UNKNOWN, Reason.NOT_FOUND)),
+    ],
+)
+def test_a_genuine_seal_over_no_question_is_malformed(node: NodeMaker, payload: bytes) -> None:
+    """The seal says who speaks, not that it makes sense; an answer of ours sent back to us is no question."""
+    witness = bpf()
+    with pytest.raises(Refused) as refusal:
+        node(witness).answer(sealed_by(0, payload))
+    assert refusal.value.reason is Refusal.MALFORMED
+    assert witness.asked == []
+
+
+def test_a_question_for_another_node_is_refused(node: NodeMaker) -> None:
+    """A sealed question carried here from the node it was meant for."""
+    witness = bpf()
+    with pytest.raises(Refused, match=r"question for 127\.0\.0\.2 arrived at 127\.0\.0\.1") as refusal:
+        node(witness).answer(sealed_by(0, question(to="127.0.0.2")))
+    assert refusal.value.reason is Refusal.WRONG_HOST
+    assert witness.asked == []
+
+
+def test_a_question_seen_before_is_refused(node: NodeMaker) -> None:
+    """Under every scheme, and also in a new seal: the nonce is what counts."""
+    there = node(bpf())
+    there.answer(sealed_by(0, question()))
+    with pytest.raises(Refused) as refusal:
+        there.answer(sealed_by(1001, question()))
+    assert refusal.value.reason is Refusal.REPLAYED
+    assert there.answer(sealed_by(0, question(nonce=NONCE[::-1])))[1].outcome is Outcome.JOB
+
+
+def test_a_question_for_another_node_does_not_use_its_nonce_up(node: NodeMaker) -> None:
+    """Refused for its address, it can still be asked where it belongs."""
+    there = node(bpf())
+    with pytest.raises(Refused):
+        there.answer(sealed_by(0, question(to="127.0.0.2")))
+    assert there.answer(sealed_by(0, question()))[1].outcome is Outcome.JOB
+
+
+# ---- the responder: who is told "unknown"
+
+
+def test_only_root_may_ask_about_others(node: NodeMaker) -> None:
+    """An ordinary user who seals a question about somebody else, or about anybody, costs no look-up."""
+    witness = bpf()
+    there = node(witness)
+    for nonce, uid in ((NONCE, ALICE), (NONCE[::-1], None), ("0" * 32, 0)):
+        sealed, settled = there.answer(sealed_by(BOB, question(uid, nonce)))
+        told = decode_answer(sealed.split(b" ", 2)[2])
+        assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.NOT_ALLOWED)
+        assert (told.outcome, told.reason, told.job_id, told.witness) == (
+            Outcome.UNKNOWN,
+            Reason.NOT_ALLOWED,
+            None,
+            None,
+        )
+    assert witness.asked == []
+
+
+def test_a_user_may_ask_about_their_own(node: NodeMaker) -> None:
+    """And gets the answer sealed for themselves."""
+    seal = FakeSeal()
+    sealed, settled = node(bpf(), seal=seal).answer(sealed_by(ALICE, question(ALICE)))
+    assert settled.job == JOB_A
+    assert seal.sealed_for == [ALICE]
+
+
+@pytest.mark.parametrize(
+    ("login", "of_process", "of_job"),
+    [
+        pytest.param(ALICE, BOB, ALICE, id="bob's process inside alice's job, for alice's login"),
+        pytest.param(BOB, BOB, ALICE, id="bob's process inside alice's job, for bob's login"),
+        pytest.param(BOB, ALICE, ALICE, id="alice's own, for bob's login"),
+        pytest.param(ALICE, 0, ALICE, id="root's process inside alice's job"),
+        pytest.param(0, ALICE, ALICE, id="alice's own, for root's login: uid 0 is no wildcard"),
+    ],
+)
+def test_another_user_s_is_not_told(node: NodeMaker, login: int, of_process: int, of_job: int) -> None:
+    """The process and the job must both be the login user's; the answer names neither."""
+    there = node(bpf(owner(of_process)))
+    there.backend.of_cgroup[CGROUP] = in_job(job("17", of_job))
+    sealed, settled = there.answer(sealed_by(0, question(login)))
+    assert (settled.outcome, settled.reason, settled.job) == (Outcome.UNKNOWN, Reason.OTHER_USER, None)
+    told = decode_answer(sealed.split(b" ", 2)[2])
+    assert (told.outcome, told.reason, told.job_id, told.witness) == (Outcome.UNKNOWN, Reason.OTHER_USER, None, None)
+    assert b"17" not in sealed.replace(NONCE.encode(), b"")
+
+
+# ---- the inquiry: what is not believed
+
+
+def test_witnesses_that_disagree_about_the_user_are_ambiguous(node: NodeMaker) -> None:
+    """Neither is picked."""
+    there = node(bpf(owner(ALICE)), FakeWitness(Witness.DIAG, {ENDS: owner(BOB, Witness.DIAG)}))
+    settled = there.settle()
+    assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.AMBIGUOUS)
+    assert "bpf says uid 1001, diag says uid 1002" in settled.detail
+
+
+def test_witnesses_that_disagree_about_the_job(node: NodeMaker) -> None:
+    """One user, two jobs: the wrong one of two own jobs is wrong as well."""
+    there = node(bpf(owner(cgroup=1)), FakeWitness(Witness.DIAG, {ENDS: owner(witness=Witness.DIAG, cgroup=2)}))
+    there.backend.of_cgroup.update({1: in_job(JOB_A), 2: in_job(JOB_B)})
+    settled = there.settle()
+    assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.DISAGREEMENT)
+    assert "bpf: job 17, diag: job 18" in settled.detail
+    there.backend.of_cgroup[2] = in_job(None)
+    assert there.settle().reason is Reason.DISAGREEMENT
+    there.backend.of_cgroup[2] = in_job(job("17", identity=(2,)))
+    assert there.settle().reason is Reason.DISAGREEMENT
+
+
+def test_a_witness_that_knows_two_owners(node: NodeMaker) -> None:
+    """Two sockets with one 4-tuple: nobody is asked further."""
+    slow = FakeWitness(Witness.PROC, {ENDS: owner(witness=Witness.PROC)}, may_block=True)
+    settled = node(FakeWitness(Witness.BPF, error=Ambiguous("two sockets")), slow).settle()
+    assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.AMBIGUOUS)
+    assert slow.asked == []
+
+
+def test_nobody_knows_it(node: NodeMaker) -> None:
+    """All witnesses heard, none knows the connection."""
+    settled = node(FakeWitness(Witness.BPF), FakeWitness(Witness.PROC, may_block=True)).settle()
+    assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.NOT_FOUND)
+    assert str(ENDS) in settled.detail
+
+
+def test_no_witness_can_be_asked(node: NodeMaker) -> None:
+    """Not the same as an unknown connection; the detail says why for each."""
+    settled = node(
+        FakeWitness(Witness.BPF, error=WitnessUnavailable("no probe")),
+        FakeWitness(Witness.PROC, may_block=True, error=WitnessUnavailable("no /proc")),
+    ).settle()
+    assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.NO_WITNESS)
+    assert settled.detail == "bpf: no probe; proc: no /proc"
+
+
+def test_the_job_manager_is_down(node: NodeMaker) -> None:
+    """Not the same as "in no job"."""
+    there = node(bpf())
+    there.backend.down = "no cgroup mount"
+    assert (there.settle().outcome, there.settle().reason) == (Outcome.UNKNOWN, Reason.JOB_MANAGER)
+
+
+def test_the_job_manager_hangs(node: NodeMaker, gate: threading.Event) -> None:
+    """Out of time, within the time."""
+    there = node(bpf())
+    there.backend.hang = gate
+    started = time.monotonic()
+    settled = there.settle(ms=50)
+    assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.OUT_OF_TIME)
+    assert time.monotonic() - started < 2.0
+
+
+def test_a_witness_hangs(node: NodeMaker, gate: threading.Event) -> None:
+    """A slow walk of /proc ends with the deadline and names nobody."""
+    slow = FakeWitness(Witness.PROC, {ENDS: owner(witness=Witness.PROC)}, may_block=True, hang=gate)
+    started = time.monotonic()
+    settled = node(FakeWitness(Witness.BPF), slow).settle(ms=60)
+    assert settled.outcome is Outcome.UNKNOWN
+    assert time.monotonic() - started < 2.0
+
+
+def test_a_pid_that_was_used_again_is_not_believed(node: NodeMaker) -> None:
+    """A process that started after the connect() is another one, whatever job it is in."""
+    there = node(bpf(owner(pid=os.getpid(), cgroup=None, connected=1)))
+    there.backend.of_process[os.getpid()] = JOB_A
+    settled = there.settle()
+    assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.JOB_NOT_TOLD)
+
+
+def test_a_pid_that_is_gone_is_not_believed(node: NodeMaker) -> None:
+    """The owner may have exited; then only its cgroup can tell."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    there = node(bpf(owner(pid=child.pid, cgroup=None, connected=boottime_ns())))
+    there.backend.of_process[child.pid] = JOB_A
+    assert there.settle().reason is Reason.JOB_NOT_TOLD
+
+
+def test_a_pid_without_a_connect_time_is_believed_of_proc_only(node: NodeMaker) -> None:
+    """/proc saw this very process hold the socket; any other witness's pid may have been used again."""
+    there = node(bpf(owner(pid=os.getpid(), cgroup=None)))
+    there.backend.of_process[os.getpid()] = JOB_A
+    assert there.settle().reason is Reason.JOB_NOT_TOLD
+    slow = FakeWitness(Witness.PROC, {ENDS: owner(witness=Witness.PROC, pid=os.getpid(), cgroup=None)}, may_block=True)
+    there = node(slow)
+    there.backend.of_process[os.getpid()] = JOB_A
+    assert there.settle().job == JOB_A
+
+
+def test_a_process_in_two_jobs_is_ambiguous(node: NodeMaker) -> None:
+    """Hierarchies that disagree are no answer."""
+    there = node(bpf(owner(pid=os.getpid(), cgroup=None, connected=boottime_ns())))
+    there.backend.of_process[os.getpid()] = Ambiguous("memory says 17, freezer 18")
+    assert there.settle().reason is Reason.AMBIGUOUS
+    there.backend.of_process[os.getpid()] = JobManagerError("gone")
+    assert there.settle().reason is Reason.JOB_MANAGER
+
+
+def test_an_owner_of_whom_nothing_more_is_known(node: NodeMaker) -> None:
+    """A uid alone names no job, even where the user has only one."""
+    there = node(bpf(owner(cgroup=None)))
+    settled = there.settle()
+    assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.JOB_NOT_TOLD)
+
+
+def test_a_slow_witness_may_contradict_a_fast_one(node: NodeMaker) -> None:
+    """Asked because the fast one could not tell the job, it is heard about the user as well."""
+    slow = FakeWitness(Witness.PROC, {ENDS: owner(BOB, Witness.PROC)}, may_block=True)
+    assert node(bpf(owner(cgroup=None)), slow).settle().reason is Reason.AMBIGUOUS
+
+
+# ---- what is told
+
+
+def test_the_job_of_the_cgroup_at_connect_time(node: NodeMaker) -> None:
+    """The whole way: sealed for the asker, repeating nonce, host and connection."""
+    seal = FakeSeal()
+    sealed, settled = node(bpf(), seal=seal).answer(sealed_by(0, question()))
+    assert decode_answer(sealed.split(b" ", 2)[2]) == Answer(
+        NONCE, HERE, ENDS, Outcome.JOB, Reason.OWNER, "17", Witness.BPF
+    )
+    assert settled.owner == owner()
+    assert seal.sealed_for == [0]
+
+
+def test_an_owner_that_exited_is_told_by_its_cgroup(node: NodeMaker) -> None:
+    """The pid is gone, the job is not: identity was taken in connect()."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    settled = node(bpf(owner(pid=child.pid, connected=boottime_ns()))).settle()
+    assert (settled.outcome, settled.job, settled.moved) == (Outcome.JOB, JOB_A, False)
+
+
+def test_an_owner_in_no_job(node: NodeMaker) -> None:
+    """Known to be in none, which is not "unknown"."""
+    there = node(bpf())
+    there.backend.of_cgroup[CGROUP] = in_job(None)
+    sealed, settled = there.answer(sealed_by(0, question()))
+    assert (settled.outcome, settled.reason, settled.job) == (Outcome.NO_JOB, Reason.OWNER, None)
+    assert decode_answer(sealed.split(b" ", 2)[2]).outcome is Outcome.NO_JOB
+
+
+def test_an_owner_that_has_left_the_job_is_said_to_have_moved(node: NodeMaker) -> None:
+    """The job is the one it connected from; that it is elsewhere now is said beside it."""
+    there = node(bpf(owner(pid=os.getpid(), connected=boottime_ns())))
+    there.backend.of_process[os.getpid()] = JOB_B
+    settled = there.settle()
+    assert (settled.job, settled.moved) == (JOB_A, True)
+    there.backend.of_process[os.getpid()] = JOB_A
+    assert there.settle().moved is False
+    there = node(bpf(owner(pid=os.getpid(), connected=1)))
+    assert there.settle().moved is False, "another process with that pid says nothing about the owner"
+
+
+def test_slow_witnesses_are_asked_only_when_needed(node: NodeMaker) -> None:
+    """A walk of /proc is for what the fast witnesses cannot tell."""
+    slow = FakeWitness(Witness.PROC, {ENDS: owner(witness=Witness.PROC)}, may_block=True)
+    assert node(bpf(), slow).settle().job == JOB_A
+    assert slow.asked == []
+    settled = node(bpf(owner(cgroup=None)), slow).settle()
+    assert (settled.job, len(slow.asked)) == (JOB_A, 1)
+    assert node(FakeWitness(Witness.BPF), slow).settle().job == JOB_A
+    assert len(slow.asked) == 2
+
+
+def test_witnesses_that_agree_are_one_answer(node: NodeMaker) -> None:
+    """The most trusted one is named; one that cannot tell the job does not contradict."""
+    diag = FakeWitness(Witness.DIAG, {ENDS: owner(witness=Witness.DIAG, cgroup=None)})
+    settled = node(bpf(), diag).settle()
+    assert settled.job == JOB_A
+    assert settled.owner is not None
+    assert settled.owner.witness is Witness.BPF
+    settled = node(bpf(owner(cgroup=None)), FakeWitness(Witness.DIAG, {ENDS: owner(witness=Witness.DIAG)})).settle()
+    assert settled.owner is not None
+    assert (settled.job, settled.owner.witness) == (JOB_A, Witness.DIAG)
+
+
+def test_root_may_ask_about_anybody(node: NodeMaker) -> None:
+    """No login uid: for whois, on root's word only."""
+    assert node(bpf(owner(BOB))).settle(login_uid=None).job == JOB_A
+
+
+# ---- the asker, against a peer that misbehaves
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> KeySeal:
+    path = tmp_path / "key"
+    path.write_bytes(os.urandom(64))
+    path.chmod(0o600)
+    return KeySeal(path, 10)
+
+
+Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def peer(script: Script) -> AsyncIterator[int]:
+    """A peer on 127.0.0.1 that does what ``script`` says with every connection; its port."""
+    tasks: List[asyncio.Task[None]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
+        try:
+            await script(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.wait_closed()
+
+
+async def heard(reader: asyncio.StreamReader) -> bytes:
+    length = frame.decode_length(await reader.readexactly(4), frame.CALLERID_MAX_BYTES)
+    return await reader.readexactly(length)
+
+
+def ask(script: Script, seal: object, timeout_ms: int = 500, login_uid: int = ALICE) -> Tuple[Told, Metrics, float]:
+    """What the asker makes of a peer, the metrics it left, and how long it took in seconds."""
+
+    async def story() -> Tuple[Told, Metrics, float]:
+        metrics, workers = Metrics(), Workers("seal", 2, 8)
+        async with peer(script) as port:
+            asker = Asker(SealRoom(seal, workers), port, timeout_ms, metrics)  # type: ignore[arg-type]
+            started = time.monotonic()
+            told = await asker.ask(ENDS, login_uid, soon(5000))
+            took_s = time.monotonic() - started
+        workers.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return told, metrics, took_s
+
+    return asyncio.run(story())
+
+
+def faulty(fault: AskFault, script: Script, seal: object, timeout_ms: int = 500) -> None:
+    """The peer of ``script`` is believed nothing, for this reason, within the time, and it is counted."""
+    told, metrics, took_s = ask(script, seal, timeout_ms)
+    assert (told.outcome, told.reason, told.job_id, told.witness) == (Outcome.UNKNOWN, fault.value, None, None)
+    assert took_s < timeout_ms / 1000.0 + 1.0
+    labels = {"outcome": "unknown", "reason": fault.value, "witness": "none"}
+    assert sample(metrics, "adoptd_callerid_asked_total", **labels) == 1
+    assert sample(metrics, "adoptd_callerid_asked_duration_seconds_count") == 1
+
+
+def test_nobody_listens(key: KeySeal) -> None:
+    """Refused at once: no agent there."""
+
+    async def story() -> Told:
+        async with peer(silent) as port:
+            pass
+        return await Asker(SealRoom(key, Workers("w", 1, 1)), port, 300, Metrics()).ask(ENDS, ALICE, soon())
+
+    started = time.monotonic()
+    told = asyncio.run(story())
+    assert (told.outcome, told.reason) == (Outcome.UNKNOWN, "refused")
+    assert time.monotonic() - started < 1.0
+
+
+def test_no_way_there(key: KeySeal) -> None:
+    """The kernel refuses to route to a multicast address: nothing is sent."""
+    asker = Asker(SealRoom(key, Workers("w", 1, 1)), 6830, 300, Metrics())
+    told = asyncio.run(asker.ask(ENDS, ALICE, soon(), ipaddress.ip_address("224.0.0.1")))
+    assert (told.outcome, told.reason) == (Outcome.UNKNOWN, "unreachable")
+
+
+async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+
+
+def test_a_silent_peer(key: KeySeal) -> None:
+    """Out of time, in time."""
+    faulty(AskFault.TIMEOUT, silent, key, timeout_ms=80)
+
+
+def test_the_login_s_own_deadline_is_kept(key: KeySeal) -> None:
+    """What is left of the login's budget counts when it is less than callerid's own."""
+
+    async def story() -> Tuple[Told, float]:
+        async with peer(silent) as port:
+            asker = Asker(SealRoom(key, Workers("w", 1, 1)), port, 5000, Metrics())
+            started = time.monotonic()
+            return await asker.ask(ENDS, ALICE, Deadline.after_ms(50)), time.monotonic() - started
+
+    told, took_s = asyncio.run(story())
+    assert told.reason == "timeout"
+    assert took_s < 1.0
+
+
+def test_a_peer_that_drips(key: KeySeal) -> None:
+    """A byte now and then does not prolong the deadline."""
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"\0\0\4\0")
+        while True:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    faulty(AskFault.TIMEOUT, drip, key, timeout_ms=80)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0", b"\0\0\0\x10", b"\0\0\0\x10short"])
+def test_a_peer_that_closes(key: KeySeal, sent: bytes) -> None:
+    """Before, in or after the prefix, or in the body."""
+
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await heard(reader)
+        writer.write(sent)
+
+    faulty(AskFault.CLOSED, close, key)
+
+
+@pytest.mark.parametrize("sent", [b"\xff\xff\xff\xff", b"\0\0\x10\x01" + b"x" * 4097, b"\0\0\0\0", b"HTTP/1.1 400 Bad"])
+def test_a_frame_out_of_bounds(key: KeySeal, sent: bytes) -> None:
+    """Refused on its length alone, without waiting for the rest."""
+
+    async def huge(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(sent)
+        await reader.read()
+
+    faulty(AskFault.MALFORMED, huge, key, timeout_ms=2000)
+
+
+def answering(seal: object, change: Callable[[Question], bytes], late_s: float = 0.0) -> Script:
+    """A peer that opens the question and answers with what ``change`` makes of it, sealed."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = decode_question(seal.open(await heard(reader)).payload)  # type: ignore[attr-defined]
+        await asyncio.sleep(late_s)
+        sealed = seal.seal(change(asked))  # type: ignore[attr-defined]
+        writer.write(frame.encode_frame(sealed, frame.CALLERID_MAX_BYTES))
+
+    return script
+
+
+def right(asked: Question, **changes: object) -> bytes:
+    fields: Dict[str, object] = {
+        "nonce": asked.nonce,
+        "responder": asked.responder,
+        "connection": asked.connection,
+        "outcome": Outcome.JOB,
+        "reason": Reason.OWNER,
+        "job_id": "17",
+        "witness": Witness.BPF,
+    }
+    return encode_answer(Answer(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+def test_a_wrong_nonce(key: KeySeal) -> None:
+    """A genuine, fresh answer to another question."""
+    faulty(AskFault.WRONG_NONCE, answering(key, lambda asked: right(asked, nonce=NONCE)), key)
+
+
+def test_a_wrong_host(key: KeySeal) -> None:
+    """An answer that another node gave to somebody."""
+    other = ipaddress.ip_address("127.0.0.3")
+    faulty(AskFault.WRONG_HOST, answering(key, lambda asked: right(asked, responder=other)), key)
+
+
+@pytest.mark.parametrize("other", [connection(40001), connection(destination="127.0.0.4"), connection(22, "127.0.0.2")])
+def test_a_wrong_connection(key: KeySeal, other: Connection) -> None:
+    """One port off, another destination, or the two ends exchanged."""
+    faulty(AskFault.WRONG_CONNECTION, answering(key, lambda asked: right(asked, connection=other)), key)
+
+
+def test_an_answer_sealed_by_somebody_else() -> None:
+    """Any user can listen on the port while the agent is down, and under MUNGE seal what they like."""
+    liar = FakeSeal(uid=BOB)
+    faulty(AskFault.FOREIGN, answering(liar, right), FakeSeal())
+
+
+def test_an_answer_under_another_key(key: KeySeal, tmp_path: Path) -> None:
+    """A peer that does not have the key cannot answer."""
+    path = tmp_path / "other"
+    path.write_bytes(os.urandom(64))
+    path.chmod(0o600)
+    stranger = KeySeal(path, 10)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await heard(reader)
+        sealed = stranger.seal(encode_answer(Answer(NONCE, HERE, ENDS, Outcome.UNKNOWN, Reason.OWNER)))
+        writer.write(frame.encode_frame(sealed, frame.CALLERID_MAX_BYTES))
+
+    faulty(AskFault.BAD_SEAL, script, key)
+
+
+def test_our_own_question_sent_back(key: KeySeal) -> None:
+    """Sealed by us, fresh, with our nonce: still no answer."""
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(frame.encode_frame(await heard(reader), frame.CALLERID_MAX_BYTES))
+
+    faulty(AskFault.MALFORMED, echo, key)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda asked: b"x",
+        lambda asked: json.dumps({**json.loads(right(asked)), "outcome": "unknown"}).encode(),
+        lambda asked: json.dumps({**json.loads(right(asked)), "job": "../1"}).encode(),
+        lambda asked: right(asked).replace(b'"v":1', b'"v":2'),
+    ],
+)
+def test_a_genuine_seal_over_no_answer(key: KeySeal, change: Callable[[Question], bytes]) -> None:
+    """Also a job beside "unknown", and a job id that is a path."""
+    faulty(AskFault.MALFORMED, answering(key, change), key)
+
+
+def test_an_answer_that_comes_late(key: KeySeal) -> None:
+    """Right in everything but time."""
+    faulty(AskFault.TIMEOUT, answering(key, right, late_s=0.3), key, timeout_ms=80)
+
+
+def test_an_answer_that_was_opened_before(key: KeySeal) -> None:
+    """A peer that sends one sealed answer twice is refused the second time."""
+    kept: List[bytes] = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = decode_question(key.open(await heard(reader)).payload)
+        kept.append(key.seal(right(asked)))
+        writer.write(frame.encode_frame(kept[0], frame.CALLERID_MAX_BYTES))
+
+    assert ask(script, key)[0].outcome is Outcome.JOB
+    faulty(AskFault.BAD_SEAL, script, key)
+
+
+@pytest.mark.parametrize("may_block", [False, True])
+def test_nothing_to_seal_with(may_block: bool) -> None:
+    """No question is sent when it could not be sealed."""
+    seal = FakeSeal(may_block=may_block)
+    seal.seal_fault = SealFault.UNAVAILABLE
+    contacted: List[bool] = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        contacted.append(True)
+
+    faulty(AskFault.SEAL_UNAVAILABLE, script, seal)
+    assert contacted == []
+
+
+def test_a_seal_service_that_hangs(gate: threading.Event) -> None:
+    """A stuck munged on the asking side is a reason of its own, within the time."""
+    seal = FakeSeal(may_block=True)
+    seal.hang = gate
+    faulty(AskFault.SEAL_UNAVAILABLE, silent, seal, timeout_ms=80)
+
+
+def test_what_a_right_answer_tells(key: KeySeal) -> None:
+    """The job, the witness and whether the owner moved, counted under the answer's own reason."""
+    told, metrics, _ = ask(answering(key, lambda asked: right(asked, moved=True)), key)
+    assert told == Told(Outcome.JOB, "owner", "17", Witness.BPF, True)
+    labels = {"outcome": "job", "reason": "owner", "witness": "bpf"}
+    assert sample(metrics, "adoptd_callerid_asked_total", **labels) == 1
+
+
+def test_what_the_question_asks(key: KeySeal) -> None:
+    """The login uid, the connection and the peer's own address; another nonce each time."""
+    asked: List[Question] = []
+
+    def note(question: Question) -> bytes:
+        asked.append(question)
+        return right(question, outcome=Outcome.UNKNOWN, reason=Reason.NOT_FOUND, job_id=None, witness=None)
+
+    for _ in range(2):
+        assert ask(answering(key, note), key, login_uid=BOB)[0] == Told(Outcome.UNKNOWN, "not_found")
+    assert {(q.responder, q.connection, q.login_uid) for q in asked} == {(HERE, ENDS, BOB)}
+    assert asked[0].nonce != asked[1].nonce
+
+
+def test_asker_and_responder_understand_each_other(key: KeySeal, node: NodeMaker) -> None:
+    """The two halves together, over TCP and under a real seal."""
+    there = node(bpf(), seal=key)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sealed, _ = await there.responder.answer(await heard(reader), HERE, soon())
+        writer.write(frame.encode_frame(sealed, frame.CALLERID_MAX_BYTES))
+
+    assert ask(script, key, timeout_ms=2000)[0] == Told(Outcome.JOB, "owner", "17", Witness.BPF)
+
+
+def test_the_reasons_are_one_closed_set() -> None:
+    """AskFault's values and Reason's are labels of one metric: none means two things."""
+    assert not {fault.value for fault in AskFault} & {reason.value for reason in Reason}
+    assert {fault.value for fault in SealFault} <= {refusal.value for refusal in Refusal}

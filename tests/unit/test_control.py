@@ -1,0 +1,232 @@
+"""The commands: who may see what, and what is refused before anything is done."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import socket
+import time
+from typing import Dict, Iterator, List, Optional, Tuple
+
+import pytest
+from adoptd.adoption import Adoptions
+from adoptd.callerid import Inquiry, SealRoom, Told
+from adoptd.config import Config, ProbeConfig
+from adoptd.connections import Witnesses
+from adoptd.control import CommandRefused, Control
+from adoptd.deadline import Deadline
+from adoptd.jobs import CgroupFinding, CgroupVerdict
+from adoptd.metrics import Metrics
+from adoptd.model import Connection, IPAddress, JobManagerError, Owner, Witness
+from adoptd.sessions import PendingLogins
+from adoptd.watch import Watch
+from adoptd.wire.callerid import Outcome
+from adoptd.wire.control import Command, Result
+from adoptd.workers import Workers
+from fakes import ALICE, BOB, FakeBackend, FakeSeal, FakeWitness, connection, job
+
+NOBODY_NAME = pwd.getpwuid(65534).pw_name
+ENDS = connection()
+SPELLED = {"source": "127.0.0.1:40000", "destination": "127.0.0.2:22"}
+
+
+class FakeAsker:
+    """Stands in for callerid.Asker and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: List[Tuple[Connection, Optional[int], Optional[IPAddress]]] = []
+
+    async def ask(
+        self, connection: Connection, login_uid: Optional[int], deadline: Deadline, at: Optional[IPAddress] = None
+    ) -> Told:
+        self.asked.append((connection, login_uid, at))
+        return Told(Outcome.JOB, "owner", "17", Witness.BPF)
+
+
+class Node:
+    def __init__(self, callerid: bool = True) -> None:
+        self.backend = FakeBackend(job("18"), job("17"), job("7", BOB), job("9", 65534))
+        self.backend.of_cgroup[1] = CgroupVerdict(CgroupFinding.JOB, "test", job("17"))
+        self.metrics = Metrics()
+        self.workers = Workers("w", 2, 8)
+        owner = Owner(Witness.BPF, ALICE, pid=os.getpid(), cgroup_id=1, comm="ssh")
+        self.witnesses = Witnesses([FakeWitness(Witness.BPF, {ENDS: owner})])
+        self.asker = FakeAsker() if callerid else None
+        self.pending = PendingLogins(time.monotonic)
+        self.watch = Watch(ProbeConfig(enabled=False), self.metrics, self.workers)
+        asker = self.asker
+        adoptions = Adoptions(
+            "n1", self.backend, asker, self.pending, self.workers, self.metrics  # type: ignore[arg-type]
+        )
+        self.control = Control(
+            Config(),
+            self.backend,
+            SealRoom(FakeSeal(), self.workers) if callerid else None,
+            Inquiry(self.witnesses, self.backend, self.workers),
+            asker,  # type: ignore[arg-type]
+            adoptions,
+            self.pending,
+            self.watch,
+            self.workers,
+        )
+
+    def do(self, name: str, uid: int = 0, **arguments: str) -> Result:
+        return asyncio.run(self.control.execute(Command(name, arguments), uid))
+
+    def close(self) -> None:
+        self.watch.close()
+        self.witnesses.close()
+        self.workers.close()
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    with contextlib.closing(Node()) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("reboot", {}, "unknown command 'reboot', this agent knows explain, jobs, status, whois"),
+        ("__init__", {}, "unknown command"),
+        ("status", {"x": "1"}, "status takes nothing and may take nothing, got x"),
+        ("whois", {}, "whois takes destination, source and may take at, got nothing"),
+        ("whois", {"source": "127.0.0.1:1"}, "whois takes destination, source"),
+        ("whois", {**SPELLED, "pid": "0"}, "whois takes destination, source"),
+        ("whois", {**SPELLED, "source": "localhost:1"}, "'localhost:1' is not IPV4:PORT"),
+        ("whois", {**SPELLED, "destination": "[::1]:22"}, "different IP versions"),
+        ("explain", {"user": "no-such-user-here"}, "there is no user 'no-such-user-here'"),
+        ("explain", {"user": "root", "from": "nowhere"}, "'nowhere' is not IPV4:PORT"),
+        ("explain", {"user": "root", "from": "127.0.0.1:1", "to": "[::1]:22"}, "different IP versions"),
+        ("explain", {"user": "root", "options": "action_unknown=guess"}, "action_unknown is 'guess', expected one of"),
+        ("explain", {"user": "root", "options": "action_no_jobs=allow"}, "action_no_jobs is allow, expected one of"),
+        ("explain", {"user": "root", "options": "single_job_skip_rpc=yes"}, "single_job_skip_rpc is 'yes', expected 0"),
+    ],
+)
+def test_what_is_not_understood_is_refused_in_words(node: Node, name: str, arguments: Dict[str, str], words: str) -> None:
+    """Unknown commands, arguments too few or too many, and values that are none."""
+    with pytest.raises(CommandRefused) as refusal:
+        node.do(name, **arguments)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("host", ["x" * 64, "a..b", "::1", "fd00::1"])
+def test_a_node_that_has_no_address(node: Node, host: str) -> None:
+    """Names that the resolver refuses, in whichever way, are refused in words."""
+    with pytest.raises(CommandRefused, match="has no IPv4 address"):
+        node.do("whois", at=host, **SPELLED)
+    assert node.asker is not None
+    assert node.asker.asked == []
+
+
+def test_callerid_switched_off() -> None:
+    """--at needs the question between nodes."""
+    with contextlib.closing(Node(callerid=False)) as node:
+        with pytest.raises(CommandRefused, match="callerid is switched off"):
+            node.do("whois", at="127.0.0.1", **SPELLED)
+        assert node.do("status")["seal"] is None
+
+
+def test_others_jobs_are_not_shown(node: Node) -> None:
+    """Root sees all, others their own."""
+    assert node.do("jobs", BOB) == {"jobs": [{"job": "7", "uid": BOB}]}
+    assert node.do("jobs", 4242) == {"jobs": []}
+    assert node.do("jobs", 0)["jobs"] == [
+        {"job": "18", "uid": ALICE},
+        {"job": "17", "uid": ALICE},
+        {"job": "7", "uid": BOB},
+        {"job": "9", "uid": 65534},
+    ]
+
+
+def test_the_job_manager_is_down(node: Node) -> None:
+    """An error, and not an empty list."""
+    node.backend.down = "no mount"
+    with pytest.raises(JobManagerError, match="no mount"):
+        node.do("jobs")
+
+
+def test_another_user_s_connection_is_not_told(node: Node) -> None:
+    """Neither its job nor its process, uid or witness."""
+    told = node.do("whois", BOB, **SPELLED)
+    assert (told["outcome"], told["reason"]) == ("unknown", "other_user")
+    assert [told[key] for key in ("job", "witness", "uid", "pid", "comm", "detail")] == [None] * 5 + [""]
+
+
+def test_one_s_own_connection_is_told(node: Node) -> None:
+    """To its owner and to root alike."""
+    for uid in (ALICE, 0):
+        told = node.do("whois", uid, **SPELLED)
+        assert (told["outcome"], told["job"], told["witness"], told["uid"]) == ("job", "17", "bpf", ALICE)
+        assert (told["pid"], told["comm"], told["at"]) == (os.getpid(), "ssh", "this node")
+
+
+def test_another_node_is_asked_in_the_caller_s_name(node: Node) -> None:
+    """An ordinary user's question is about themselves, root's about anybody."""
+    told = node.do("whois", BOB, at="127.0.0.1", **SPELLED)
+    node.do("whois", 0, at="127.0.0.1", **SPELLED)
+    assert node.asker is not None
+    assert [(login, str(at)) for _, login, at in node.asker.asked] == [(BOB, "127.0.0.1"), (None, "127.0.0.1")]
+    assert (told["at"], told["job"], told["witness"]) == ("127.0.0.1", "17", "bpf")
+
+
+def test_explaining_another_user_is_root_s(node: Node) -> None:
+    """An ordinary user may explain their own logins only."""
+    for uid in (ALICE, BOB):
+        with pytest.raises(CommandRefused, match="only root may ask about another user"):
+            node.do("explain", uid, user=NOBODY_NAME)
+    assert node.do("explain", 65534, user=NOBODY_NAME)["job"] == "9"
+    assert node.do("explain", 0, user=NOBODY_NAME)["job"] == "9"
+
+
+def test_explaining_changes_nothing(node: Node) -> None:
+    """Nothing is moved, nothing remembered."""
+    told = node.do("explain", user=NOBODY_NAME, **{"from": "127.0.0.1:40000"})
+    assert (told["verdict"], told["outcome"], told["reason"], told["message"]) == ("success", "adopted", "only_job", "")
+    assert (node.backend.tried, len(node.pending)) == ([], 0)
+    stages = told["stages"]
+    assert isinstance(stages, list)
+    assert [stage["stage"] for stage in stages] == ["jobs_here", "adopt"]
+
+
+def test_explaining_root_asks_nobody(node: Node) -> None:
+    """As the module does: root is let pass before anything is asked."""
+    node.backend.down = "no mount"
+    assert node.do("explain", user="root")["reason"] == "root"
+
+
+def test_explaining_takes_the_pam_line_s_options(node: Node) -> None:
+    """Those that decide are used, in any case of letters; the others are passed over."""
+    node.backend.jobs.append(job("10", 65534, identity=(3,)))
+    options = "action_unknown=DENY socket=/x service=sshd timeout_ms=500"
+    told = node.do("explain", user=NOBODY_NAME, options=options)
+    assert (told["verdict"], told["reason"], told["job"]) == ("deny", "unknown", None)
+    assert "you have several jobs" in str(told["message"])
+    assert node.do("explain", user=NOBODY_NAME)["reason"] == "newest"
+
+
+def test_explaining_asks_about_the_connection(node: Node) -> None:
+    """--from alone means sshd's port on the address that faces the client."""
+    node.backend.jobs.append(job("17", 65534, identity=(4,)))
+    node.do("explain", user=NOBODY_NAME, **{"from": "127.0.0.9:40000"})
+    node.do("explain", user=NOBODY_NAME, **{"from": "127.0.0.9:40000", "to": "127.0.0.2:2222"})
+    assert node.asker is not None
+    assert [str(c) for c, _, _ in node.asker.asked] == [
+        "127.0.0.9:40000 > 127.0.0.1:22",
+        "127.0.0.9:40000 > 127.0.0.2:2222",
+    ]
+    assert {login for _, login, _ in node.asker.asked} == {65534}
+
+
+def test_status_says_how_the_agent_is(node: Node) -> None:
+    """To everybody: nothing in it is anybody's."""
+    told = node.do("status", 4242)
+    assert (told["jobs_backend"], told["seal"], told["logins_between_phases"]) == ("fake", "fake", 0)
+    assert told["node"] == socket.gethostname().partition(".")[0]
+    witnesses = told["witnesses"]
+    assert isinstance(witnesses, dict)
+    assert witnesses["bpf"] == "not tried yet"
+    assert set(witnesses) <= {witness.value for witness in Witness}
