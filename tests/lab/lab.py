@@ -1,0 +1,250 @@
+"""What scenarios are told in: jobs, logins, and where a session landed.
+
+Owns the words of the scenarios and their clean-up; knows nothing of what is expected. Where a session
+landed is read inside the session, from its own /proc/self/cgroup, and never from what the agent says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+from lab.cgroups import V2, Group, paths_of_process
+from lab.etc_files import ALICE, User
+from lab.node import LogTail, Node, PamRecord
+from lab.nodes import Cluster
+from lab.waiting import until
+
+# What a session is asked to say about itself.
+REPORT = "hostname; cat /proc/self/cgroup"
+LOGIN_TIMEOUT_S = 20.0
+NOBODY_IN = "denied"
+
+
+@dataclass(frozen=True)
+class Login:
+    """One ssh login that has ended: how, and what the client printed."""
+
+    landed: str  # "job 7 on node2", "no job on node2", "denied", or what went wrong
+    errors: str  # what the user saw besides
+    seconds: float
+
+
+class Session:
+    """An ssh client that was started and may still run."""
+
+    def __init__(self, lab: Lab, process: subprocess.Popen[bytes]) -> None:
+        self._lab = lab
+        self._started = time.monotonic()
+        self.process = process
+
+    def end(self) -> Login:
+        """Wait for the client to end. One that does not is killed and reported as such."""
+        timed_out = False
+        with self.process:
+            try:
+                out, err = self.process.communicate(timeout=LOGIN_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                timed_out = True
+                self.process.kill()
+                out, err = self.process.communicate()
+        errors = err.decode(errors="replace").strip()
+        seconds = time.monotonic() - self._started
+        if timed_out:
+            return Login(f"no end within {LOGIN_TIMEOUT_S:.0f} s", errors, seconds)
+        landed = self._lab.landed(out.decode(errors="replace"))
+        # 255 is the client's own failure (ssh(1), EXIT STATUS), here a login that was refused.
+        if self.process.returncode == 255 and landed is None:
+            # An sshd that is gone, or a broken key, is no denial: the server must have closed after authentication.
+            refused = "closed by" in errors.lower() or "permission denied" in errors.lower()
+            return Login(NOBODY_IN if refused else f"no login: {errors}", errors, seconds)
+        return Login(landed or f"no report (exit {self.process.returncode}): {errors}", errors, seconds)
+
+
+class Lab:
+    """A cluster that is up, and the jobs on it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self._last_job = 100
+
+    @property
+    def first(self) -> Node:
+        """Where logins come from, unless a scenario says otherwise."""
+        return self.cluster.nodes[0]
+
+    @property
+    def second(self) -> Node:
+        """Where they go."""
+        return self.cluster.nodes[1]
+
+    # Jobs
+
+    @contextlib.contextmanager
+    def jobs(self, count: int, *, user: User = ALICE, on: Optional[Sequence[Node]] = None) -> Iterator[Tuple[str, ...]]:
+        """New jobs of a user, oldest first, on both nodes unless named; ended and removed on leaving."""
+        nodes = tuple(on) if on is not None else (self.first, self.second)
+        ids: List[str] = []
+        try:
+            for _ in range(count):
+                self._last_job += 1
+                ids.append(str(self._last_job))
+                for node in nodes:
+                    self.make_job(node, user, ids[-1])
+            yield tuple(ids)
+        finally:
+            for node in nodes:
+                for job in ids:
+                    self.job(node, user, job).remove()
+                self._jobs_of(node, user).remove()
+
+    def _jobs_of(self, node: Node, user: User) -> Group:
+        return node.group.child("jobs").child(f"uid_{user.uid}")
+
+    def job(self, node: Node, user: User, job: str) -> Group:
+        """The cgroup of a job."""
+        return self._jobs_of(node, user).child(f"job_{job}")
+
+    def make_job(self, node: Node, user: User, job: str) -> Group:
+        """Make the cgroup of a job. Its creation time differs from every earlier job's."""
+        parent = self._jobs_of(node, user).make()
+        made = self.job(node, user, job)
+        earlier = {d.stat().st_mtime_ns for top in parent.directories() for d in top.iterdir() if d.is_dir()}
+
+        def differs() -> bool:
+            # The kernel stamps directories with its tick, up to 10 ms long.
+            made.make()
+            if earlier.isdisjoint(d.stat().st_mtime_ns for d in made.directories()):
+                return True
+            made.remove()
+            return False
+
+        until(differs, f"a creation time of its own for job {job}")
+        return made
+
+    @contextlib.contextmanager
+    def broken_job(self, node: Node) -> Iterator[str]:
+        """A job of alice's that no process can be put into: the kernel answers EOPNOTSUPP.
+
+        In cgroup v2, a group beside a threaded one is "domain invalid" (cgroup-v2.rst, Threads) until made
+        threaded too. It is all there for the agent to see, but cannot take a process.
+        """
+        if all(hierarchy.name != V2 for hierarchy in node.group.hierarchies):
+            raise RuntimeError("a job that refuses processes is made with cgroup v2, and there is none here")
+        self._last_job += 1
+        job = str(self._last_job)
+        parent = self._jobs_of(node, ALICE)
+        threaded = parent.child("threaded").make()
+        try:
+            (threaded.directories()[0] / "cgroup.type").write_text("threaded", encoding="ascii")
+            self.job(node, ALICE, job).make()
+            yield job
+        finally:
+            parent.remove()
+
+    # Logins
+
+    def start_login(
+        self,
+        *,
+        source: Optional[Node] = None,
+        to: str = "",
+        user: User = ALICE,
+        process_user: Optional[User] = None,
+        job: Optional[str] = None,
+        job_of: Optional[User] = None,
+        options: Sequence[str] = ("-o", "BatchMode=yes"),
+        command: str = REPORT,
+        env: Optional[Mapping[str, str]] = None,
+    ) -> Session:
+        """Start ``ssh user@to`` on ``source`` (the first node), as ``process_user``, inside a job or in none.
+
+        ``to`` is a host name of the nodes, the second node by default. ``job_of`` owns the job, ``user`` by default.
+        """
+        node = source or self.first
+        group = self.job(node, job_of or user, job) if job is not None else None
+        destination = f"{user.name}@{to or self.second.name}"
+        argv = ["ssh", *options, destination, command]
+        return Session(self, node.popen(argv, user=process_user or user, group=group, env=env))
+
+    def login(
+        self,
+        *,
+        source: Optional[Node] = None,
+        to: str = "",
+        user: User = ALICE,
+        job: Optional[str] = None,
+        job_of: Optional[User] = None,
+        options: Sequence[str] = ("-o", "BatchMode=yes"),
+        command: str = REPORT,
+        env: Optional[Mapping[str, str]] = None,
+    ) -> Login:
+        """start_login(), and wait for its end."""
+        return self.start_login(
+            source=source, to=to, user=user, job=job, job_of=job_of, options=options, command=command, env=env
+        ).end()
+
+    def landed(self, report: str) -> Optional[str]:
+        """Read a session's report: which job it is in, in every hierarchy. None if there is no report."""
+        name, _, cgroups = report.partition("\n")
+        node = next((node for node in self.cluster.nodes if node.name == name.strip()), None)
+        if node is None or not cgroups.strip():
+            return None
+        found: Dict[str, Optional[str]] = {}
+        pattern = re.compile(re.escape(f"{node.group.path}/jobs/") + r"uid_\d+/job_(\w+)(?:/.*)?")
+        paths = paths_of_process(cgroups)
+        for hierarchy in node.group.hierarchies:
+            match = pattern.fullmatch(paths.get(hierarchy.name, ""))
+            found[hierarchy.name] = match[1] if match else None
+        jobs = set(found.values())
+        if len(jobs) != 1:
+            return f"torn between {found} on {node.name}"
+        job = jobs.pop()
+        return f"no job on {node.name}" if job is None else f"job {job} on {node.name}"
+
+    # Conditions
+
+    def pam(self, options: str, *, node: Optional[Node] = None, with_access: bool = False) -> None:
+        """Set the options of pam_adopt.so on a node, the second by default."""
+        (node or self.second).set_pam(self.cluster.pam_module, options, with_access=with_access)
+
+    @contextlib.contextmanager
+    def agent_down(self, node: Node) -> Iterator[None]:
+        """No agent on this node, until leaving."""
+        node.stop("agent")
+        try:
+            yield
+        finally:
+            if not node.agent_is_up():
+                node.start_agent()
+
+    @contextlib.contextmanager
+    def packets_dropped(self, node: Node) -> Iterator[None]:
+        """Packets to the agent's port on this node vanish, as behind a firewall that drops.
+
+        By a routing rule, which needs no netfilter. It must come before the table of local addresses,
+        so that table's own rule is moved down first.
+        """
+        # 6 is TCP: its name is known only where there is an /etc/protocols.
+        rule = "pref 10 iif eth0 ipproto 6 dport 6830 blackhole"
+        families = ("-4", "-6")
+        for family in families:
+            node.run(["ip", family, "rule", "add", "pref", "100", "lookup", "local"])
+            node.run(["ip", family, "rule", "add", *rule.split()])
+            node.run(["ip", family, "rule", "del", "pref", "0"])
+        try:
+            yield
+        finally:
+            for family in families:
+                node.run(["ip", family, "rule", "add", "pref", "0", "lookup", "local"])
+                node.run(["ip", family, "rule", "del", "pref", "10"])
+                node.run(["ip", family, "rule", "del", "pref", "100"])
+
+    def pam_records(self, tail: LogTail, *, node: Optional[Node] = None, phase: str = "account") -> List[PamRecord]:
+        """What pam_adopt.so logged for one phase since ``tail``, on a node (the second by default)."""
+        records = (node or self.second).pam_records(tail)
+        return [record for record in records if record.fields.get("phase") == phase]

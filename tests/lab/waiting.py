@@ -1,0 +1,23 @@
+"""Waiting for something to become true, with a deadline and never with a fixed sleep."""
+
+from __future__ import annotations
+
+import time
+from typing import Callable, Optional, TypeVar
+
+T = TypeVar("T")
+
+# Slow enough to leave two shared cores alone, fast enough not to be seen in any figure that is printed.
+POLL_S = 0.01
+
+
+def until(question: Callable[[], Optional[T]], what: str, timeout_s: float = 20.0) -> T:
+    """Ask until the answer is neither None nor False, and return it. Raises TimeoutError naming ``what``."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answer = question()
+        if answer is not None and answer is not False:
+            return answer
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"after {timeout_s:.0f} s: {what}")
+        time.sleep(POLL_S)
