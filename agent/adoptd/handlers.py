@@ -19,7 +19,7 @@ from adoptd.control import Control
 from adoptd.deadline import Deadline
 from adoptd.metrics import Metrics, Refusal
 from adoptd.model import AdoptdError, AdoptionFailed, ProtocolError
-from adoptd.process import open_process
+from adoptd.process import open_peer
 from adoptd.server import Caller, Conversation
 from adoptd.wire import control as control_wire
 from adoptd.wire import frame
@@ -67,16 +67,19 @@ class Handlers:
             raise Refused(Refusal.MALFORMED, str(error)) from None
         deadline = Deadline.after_ms(max(request.timeout_ms - _REPLY_MARGIN_MS, request.timeout_ms / 2))
         try:
-            process = open_process(caller.pid)
+            process = open_peer(conversation.sock, caller.pid)
         except AdoptionFailed as error:
             raise Refused(Refusal.PROCESS_GONE, str(error)) from None
         with process:
             async with self._logins:
                 reply, decision = await self._desk().adoptions.serve(request, process, deadline)
-            await conversation.send(encode_reply(reply))
-        seconds = time.monotonic() - started
-        self._metrics.adoption_seconds.labels(request.phase.name.lower()).observe(seconds)
-        _log_adoption(request, decision, caller.pid, seconds * 1000.0)
+            try:
+                await conversation.send(encode_reply(reply))
+            finally:
+                # What was done is said also where the asker has gone meanwhile.
+                seconds = time.monotonic() - started
+                self._metrics.adoption_seconds.labels(request.phase.name.lower()).observe(seconds)
+                _log_adoption(request, decision, caller.pid, seconds * 1000.0)
 
     async def peer(self, conversation: Conversation) -> None:
         """A callerid question of another node's agent."""

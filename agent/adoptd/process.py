@@ -7,8 +7,10 @@ of the connection still that process?).
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Optional, Type
@@ -20,6 +22,8 @@ _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 # Indexes into the fields after comm, of which field 3 (state) is the first: flags is 9, starttime 22.
 _FLAGS_AFTER_COMM = 9 - 3
 _STARTTIME_AFTER_COMM = 22 - 3
+# include/uapi/asm-generic/socket.h, Linux 6.5.
+_SO_PEERPIDFD = 77
 # include/linux/sched.h; the same bit since Linux 2.6.
 _PF_EXITING = 0x4
 
@@ -102,6 +106,21 @@ class ProcessHandle:
         return f"ProcessHandle(pid={self.pid}, started_ns={self.started_ns})"
 
 
+def open_peer(sock: socket.socket, pid: int) -> ProcessHandle:
+    """Take hold of the process that connected the unix socket at the other end, ``pid`` by SO_PEERCRED.
+
+    From Linux 6.5 the kernel gives the pidfd of that very process (SO_PEERPIDFD); before, the pid could have
+    passed to another between its connect() and this call. Raises AdoptionFailed if the process has exited.
+    """
+    try:
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return open_process(pid)
+        raise AdoptionFailed(f"process {pid} cannot be opened: {error.strerror}") from None
+    return _hold(pid, pidfd, "/proc")
+
+
 def open_process(pid: int, proc_root: str = "/proc") -> ProcessHandle:
     """Take hold of the process (not a thread) that has ``pid`` now.
 
@@ -113,6 +132,10 @@ def open_process(pid: int, proc_root: str = "/proc") -> ProcessHandle:
         pidfd = os.pidfd_open(pid)
     except OSError as error:
         raise AdoptionFailed(f"process {pid} cannot be opened: {error.strerror}") from None
+    return _hold(pid, pidfd, proc_root)
+
+
+def _hold(pid: int, pidfd: int, proc_root: str) -> ProcessHandle:
     # Read after the pidfd is there: if the process still lives afterwards, the start time is its own.
     started = started_ns(pid, proc_root)
     handle = None if started is None else ProcessHandle(pid, pidfd, started, proc_root)

@@ -26,6 +26,8 @@ from adoptd.wire import frame
 # A caller on this host has its whole message ready when it connects; a peer is a round trip away.
 LOCAL_READ_S = 0.5
 PEER_READ_S = 1.0
+# A reply fits the socket's buffer: whoever makes it wait has stopped reading.
+SEND_S = 1.0
 
 # How many may be connected at once, and how many from one caller (a user id, a peer's address). A login
 # takes about 2 ms here, so 1024 are a queue of two seconds, twice a login's budget; a peer asks once per
@@ -89,8 +91,11 @@ class Conversation:
         self._heard()
 
     async def send(self, data: bytes) -> None:
-        """All of ``data``. Raises OSError if the peer is gone."""
-        await self._loop.sock_sendall(self.sock, data)
+        """All of ``data``. Raises OSError if the peer is gone, Refused (slow) if it does not read."""
+        try:
+            await asyncio.wait_for(self._loop.sock_sendall(self.sock, data), SEND_S)
+        except asyncio.TimeoutError:
+            raise Refused(Refusal.SLOW, f"did not read its reply within {SEND_S:g} s") from None
 
 
 Handler = Callable[[Conversation], Awaitable[None]]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Iterator, Optional
 
 import pytest
+
 from adoptd.connections.diag import DiagWitness
 from adoptd.deadline import Deadline
 from adoptd.model import Connection, Endpoint, Owner, Witness

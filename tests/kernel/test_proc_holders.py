@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Iterator, Optional
 
 import pytest
+
 from adoptd.connections.diag import DiagWitness
 from adoptd.connections.proc import ProcWitness
 from adoptd.deadline import Deadline

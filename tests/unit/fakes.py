@@ -11,12 +11,14 @@ import ipaddress
 import struct
 import threading
 import time
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Awaitable, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
+from adoptd.callerid import Asker, Told
+from adoptd.connections import ConnectionWitness
 from adoptd.deadline import Deadline
 from adoptd.jobs import CgroupFinding, CgroupVerdict, JobBackend
 from adoptd.metrics import Metrics
-from adoptd.model import AdoptionFailed, Connection, Endpoint, Job, JobManagerError, Owner, Witness
+from adoptd.model import AdoptionFailed, Connection, Endpoint, IPAddress, Job, JobManagerError, Owner, Witness
 from adoptd.process import ProcessHandle
 from adoptd.seal import Opened, Seal, SealError, SealFault
 
@@ -175,6 +177,20 @@ class FakeSeal:
         pass
 
 
+class FakeAsker:
+    """Stands in for callerid.Asker: says ``told``, and notes connection, login uid and node of each question."""
+
+    def __init__(self, told: Told) -> None:
+        self.told = told
+        self.asked: List[Tuple[Connection, Optional[int], Optional[IPAddress]]] = []
+
+    async def ask(
+        self, connection: Connection, login_uid: Optional[int], deadline: Deadline, at: Optional[IPAddress] = None
+    ) -> Told:
+        self.asked.append((connection, login_uid, at))
+        return self.told
+
+
 # The record as pam_hook/adopt_wire.h lays it out, written by hand from the header; test_wire_pam.py compares it with
 # what the C compiler says.
 REQUEST_LAYOUT: Sequence[Tuple[str, str]] = (
@@ -258,3 +274,6 @@ def pam_record(
 # mypy holds the fakes to the interfaces they stand in for.
 _BACKEND: Callable[[], JobBackend] = FakeBackend
 _SEAL: Callable[[], Seal] = FakeSeal
+_WITNESS: Callable[[], ConnectionWitness] = FakeWitness
+_ASK: Callable[[Asker, Connection, Optional[int], Deadline], Awaitable[Told]] = Asker.ask
+_FAKE_ASK: Callable[[FakeAsker, Connection, Optional[int], Deadline], Awaitable[Told]] = FakeAsker.ask

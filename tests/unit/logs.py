@@ -8,6 +8,7 @@ import logging
 from typing import Callable, Iterator, List
 
 import pytest
+
 from adoptd import log
 
 LogLines = Callable[[], List[str]]

@@ -7,21 +7,22 @@ import itertools
 import os
 import threading
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 import pytest
+from fakes import ALICE, BOB, FakeAsker, FakeBackend, connection, job, sample, soon
+
 from adoptd.adoption import Adoptions, Decision, Login
-from adoptd.callerid import AskFault, Told
+from adoptd.callerid import Asker, AskFault, Told
 from adoptd.deadline import Deadline
 from adoptd.metrics import Metrics
-from adoptd.model import Connection, IPAddress, Job, Witness
+from adoptd.model import Connection, Job, JobManagerError, Witness
 from adoptd.policy import Action, Options, Situation, Step
 from adoptd.process import ProcessHandle, open_process
 from adoptd.sessions import PendingLogins
 from adoptd.wire.callerid import Outcome
 from adoptd.wire.pam import MESSAGE_BYTES, Mode, PamReply, PamRequest, Phase, Verdict, encode_reply
 from adoptd.workers import Workers
-from fakes import ALICE, BOB, FakeBackend, connection, job, sample, soon
 
 ENDS = connection()
 OLD = job("17", created=1)
@@ -30,20 +31,6 @@ ALLOW, DENY, IGNORE, NEWEST = Action.ALLOW, Action.DENY, Action.IGNORE, Action.N
 
 UNKNOWN = Told(Outcome.UNKNOWN, "not_found")
 NAMES_OLD = Told(Outcome.JOB, "owner", "17", Witness.BPF)
-
-
-class FakeAsker:
-    """Stands in for callerid.Asker: says ``told`` and notes what it was asked."""
-
-    def __init__(self, told: Told) -> None:
-        self.told = told
-        self.asked: List[Tuple[Connection, Optional[int]]] = []
-
-    async def ask(
-        self, connection: Connection, login_uid: Optional[int], deadline: Deadline, at: Optional[IPAddress] = None
-    ) -> Told:
-        self.asked.append((connection, login_uid))
-        return self.told
 
 
 @dataclass
@@ -70,9 +57,8 @@ class Node:
         self.pending = PendingLogins(lambda: self.now)
         self.workers = Workers("jobs", 2, 8)
         self.metrics = Metrics()
-        self.adoptions = Adoptions(
-            name, self.backend, self.asker, self.pending, self.workers, self.metrics  # type: ignore[arg-type]
-        )
+        asker: Optional[Asker] = self.asker  # type: ignore[assignment]
+        self.adoptions = Adoptions(name, self.backend, asker, self.pending, self.workers, self.metrics)
 
     def serve(
         self,
@@ -107,9 +93,7 @@ class Node:
         return None if found is None else found.id
 
     def counted(self, phase: str, outcome: str, reason: str, mode: str = "enforce") -> float:
-        return sample(
-            self.metrics, "adoptd_adoptions_total", phase=phase, mode=mode, outcome=outcome, reason=reason
-        )
+        return sample(self.metrics, "adoptd_adoptions_total", phase=phase, mode=mode, outcome=outcome, reason=reason)
 
 
 @pytest.fixture
@@ -205,7 +189,11 @@ def test_a_job_that_is_not_here_or_not_the_user_s_is_never_used(told_id: str, ac
     """Whatever the source node says, the job must be one of the user's on this node."""
     node = Node(OLD, NEW, job("7", BOB), told=Told(Outcome.JOB, "owner", told_id, Witness.BPF))
     served = node.account(Options(action_unknown=action))
-    expected = {DENY: (Verdict.DENY, None), NEWEST: (Verdict.SUCCESS, "18"), ALLOW: (Verdict.SUCCESS, None)}
+    expected: Dict[Action, Tuple[Verdict, Optional[str]]] = {
+        DENY: (Verdict.DENY, None),
+        NEWEST: (Verdict.SUCCESS, "18"),
+        ALLOW: (Verdict.SUCCESS, None),
+    }
     assert (served.verdict, served.job) == expected[action]
     assert node.moved_to == expected[action][1]
     assert served.decision.witness is None
@@ -238,7 +226,11 @@ def test_the_named_job_cannot_be_had(action: Action) -> None:
     node = Node(OLD, NEW, told=NAMES_OLD)
     node.backend.cannot_adopt["17"] = "ending"
     served = node.account(Options(action_unknown=action))
-    expected = {DENY: (Verdict.DENY, None), NEWEST: (Verdict.SUCCESS, "18"), ALLOW: (Verdict.SUCCESS, None)}
+    expected: Dict[Action, Tuple[Verdict, Optional[str]]] = {
+        DENY: (Verdict.DENY, None),
+        NEWEST: (Verdict.SUCCESS, "18"),
+        ALLOW: (Verdict.SUCCESS, None),
+    }
     assert (served.verdict, node.moved_to) == expected[action]
     assert served.decision.witness is None, "the witness named another job than the one adopted into"
     assert node.backend.tried == (["17", "18"] if action is NEWEST else ["17"])
@@ -292,7 +284,7 @@ def test_the_job_that_the_source_names() -> None:
     assert (served.verdict, node.moved_to) == (Verdict.SUCCESS, "17")
     assert served.reply.summary == "reason=callerid witness=bpf"
     assert node.asker is not None
-    assert node.asker.asked == [(ENDS, ALICE)]
+    assert node.asker.asked == [(ENDS, ALICE, None)]
     assert node.counted("account", "adopted", "callerid") == 1
     assert [stage.name for stage in served.decision.stages] == ["jobs_here", "ask_source", "adopt"]
 
@@ -533,6 +525,19 @@ def test_every_label_is_of_a_closed_set() -> None:
     assert total == served == 144
 
 
+def test_a_session_without_its_environment_is_still_in_its_job() -> None:
+    """Variables that cannot be had are no reason to say that the adoption failed."""
+
+    class Mute(FakeBackend):
+        def session_environment(self, job: Job) -> Mapping[str, str]:
+            raise JobManagerError("no environment")
+
+    node = Node(OLD)
+    node.adoptions = Adoptions("n1", Mute(OLD), None, node.pending, node.workers, node.metrics)
+    served = node.account()
+    assert (served.verdict, served.reply.adopted, served.reply.environment) == (Verdict.SUCCESS, True, {})
+
+
 def test_the_handle_names_the_caller() -> None:
     """What is moved is the process the kernel named, not a pid out of the message."""
     moved: List[ProcessHandle] = []
@@ -542,8 +547,6 @@ def test_the_handle_names_the_caller() -> None:
             moved.append(process)
 
     node = Node(OLD)
-    node.adoptions = Adoptions(
-        "n1", Noting(OLD), None, node.pending, node.workers, node.metrics
-    )
+    node.adoptions = Adoptions("n1", Noting(OLD), None, node.pending, node.workers, node.metrics)
     node.account()
     assert [process.pid for process in moved] == [os.getpid()]

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import AsyncIterator, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
+from fakes import ALICE, BOB, HERE, FakeBackend, FakeSeal, FakeWitness, connection, job, sample, soon
+
 from adoptd.callerid import Asker, AskFault, Inquiry, Refused, Responder, SealRoom, Settled, Told
 from adoptd.connections import Witnesses
 from adoptd.deadline import Deadline
@@ -35,7 +37,6 @@ from adoptd.wire.callerid import (
     encode_question,
 )
 from adoptd.workers import Workers
-from fakes import ALICE, BOB, HERE, FakeBackend, FakeSeal, FakeWitness, connection, job, sample, soon
 
 ENDS = connection()
 NONCE = "0123456789abcdef" * 2
@@ -189,6 +190,20 @@ def test_a_question_seen_before_is_refused(node: NodeMaker) -> None:
     assert there.answer(sealed_by(0, question(nonce=NONCE[::-1])))[1].outcome is Outcome.JOB
 
 
+def test_a_flood_of_questions_is_unavailable_and_not_replayed(node: NodeMaker) -> None:
+    """With no room for another nonce nothing more is answered: forgetting an old one would let it be replayed."""
+    there = node(bpf())
+    nonces = [f"{number:032x}" for number in range(101)]
+    for nonce in nonces[:100]:
+        there.answer(sealed_by(0, question(nonce=nonce)))
+    with pytest.raises(Refused) as refusal:
+        there.answer(sealed_by(0, question(nonce=nonces[100])))
+    assert refusal.value.reason is Refusal.UNAVAILABLE
+    with pytest.raises(Refused) as refusal:
+        there.answer(sealed_by(0, question(nonce=nonces[0])))
+    assert refusal.value.reason is Refusal.REPLAYED
+
+
 def test_a_question_for_another_node_does_not_use_its_nonce_up(node: NodeMaker) -> None:
     """Refused for its address, it can still be asked where it belongs."""
     there = node(bpf())
@@ -220,7 +235,7 @@ def test_only_root_may_ask_about_others(node: NodeMaker) -> None:
 def test_a_user_may_ask_about_their_own(node: NodeMaker) -> None:
     """And gets the answer sealed for themselves."""
     seal = FakeSeal()
-    sealed, settled = node(bpf(), seal=seal).answer(sealed_by(ALICE, question(ALICE)))
+    _, settled = node(bpf(), seal=seal).answer(sealed_by(ALICE, question(ALICE)))
     assert settled.job == JOB_A
     assert seal.sealed_for == [ALICE]
 
@@ -488,7 +503,7 @@ async def heard(reader: asyncio.StreamReader) -> bytes:
     return await reader.readexactly(length)
 
 
-def ask(script: Script, seal: object, timeout_ms: int = 500, login_uid: int = ALICE) -> Tuple[Told, Metrics, float]:
+def ask(script: Script, seal: object, timeout_ms: int = 2000, login_uid: int = ALICE) -> Tuple[Told, Metrics, float]:
     """What the asker makes of a peer, the metrics it left, and how long it took in seconds."""
 
     async def story() -> Tuple[Told, Metrics, float]:
@@ -505,7 +520,7 @@ def ask(script: Script, seal: object, timeout_ms: int = 500, login_uid: int = AL
     return asyncio.run(story())
 
 
-def faulty(fault: AskFault, script: Script, seal: object, timeout_ms: int = 500) -> None:
+def faulty(fault: AskFault, script: Script, seal: object, timeout_ms: int = 2000) -> None:
     """The peer of ``script`` is believed nothing, for this reason, within the time, and it is counted."""
     told, metrics, took_s = ask(script, seal, timeout_ms)
     assert (told.outcome, told.reason, told.job_id, told.witness) == (Outcome.UNKNOWN, fault.value, None, None)
@@ -591,7 +606,7 @@ def test_a_frame_out_of_bounds(key: KeySeal, sent: bytes) -> None:
         writer.write(sent)
         await reader.read()
 
-    faulty(AskFault.MALFORMED, huge, key, timeout_ms=2000)
+    faulty(AskFault.MALFORMED, huge, key)
 
 
 def answering(seal: object, change: Callable[[Question], bytes], late_s: float = 0.0) -> Script:
@@ -749,7 +764,7 @@ def test_asker_and_responder_understand_each_other(key: KeySeal, node: NodeMaker
         sealed, _ = await there.responder.answer(await heard(reader), HERE, soon())
         writer.write(frame.encode_frame(sealed, frame.CALLERID_MAX_BYTES))
 
-    assert ask(script, key, timeout_ms=2000)[0] == Told(Outcome.JOB, "owner", "17", Witness.BPF)
+    assert ask(script, key)[0] == Told(Outcome.JOB, "owner", "17", Witness.BPF)
 
 
 def test_the_reasons_are_one_closed_set() -> None:

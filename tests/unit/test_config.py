@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Dict, List, Tuple
 
 import pytest
-from adoptd import config
-from adoptd.config import Config
-from adoptd.model import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
 from nobody import as_nobody, public_path
+
+from adoptd import config
+from adoptd.config import Config
+from adoptd.model import ConfigError
 
 __all__ = ["public_path"]
 
@@ -105,7 +106,10 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
         ("[callerid]\nport = 6830.0\n", ["callerid.port is 6830.0", "a whole number"]),
         ('[callerid]\nport = "6830"\n', ["callerid.port is '6830'", "a whole number"]),
         ("[callerid]\nport = nan\n", ["callerid.port is nan", "a whole number"]),
-        (f"[callerid]\nport = 0x{'f' * 6000}\n", ["callerid.port is a number of thousands of digits", "a whole number"]),
+        (
+            f"[callerid]\nport = 0x{'f' * 6000}\n",
+            ["callerid.port is a number of thousands of digits", "a whole number"],
+        ),
         ("[callerid]\ntimeout_ms = 9\n", ["callerid.timeout_ms is 9", "10..10000 milliseconds"]),
         ("[callerid]\ntimeout_ms = 2001-01-01\n", ["callerid.timeout_ms is datetime", "a whole number"]),
         ('[seal]\nscheme = "none"\n', ["seal.scheme is 'none'", '"auto", "munge", "key"']),
@@ -222,7 +226,8 @@ def differing(one: Config, other: Config) -> List[Tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "value", ["/a b", '/"quoted"\\', "/tab\tand\nnewline", "/\u00fcber", "/\u2028", "/\U0001f600", "/\U000e0001x", "/\x7f"]
+    "value",
+    ["/a b", '/"quoted"\\', "/tab\tand\nnewline", "/\u00fcber", "/\u2028", "/\U0001f600", "/\U000e0001x", "/\x7f"],
 )
 def test_show_writes_what_load_reads_back(tmp_path: Path, value: str) -> None:
     """Quotes, control characters and characters beyond the first plane survive the round."""
@@ -234,12 +239,7 @@ def test_show_writes_what_load_reads_back(tmp_path: Path, value: str) -> None:
 def test_show_escapes_any_text(text: str) -> None:
     """For every text that TOML can hold."""
     told = Config(probe=config.ProbeConfig(pin_dir="/" + text))
-    read = dict(
-        (f"{table}.{key}", value)
-        for table, section in config.tomllib.loads(config.show(told)).items()
-        for key, value in section.items()
-    )
-    assert read["probe.pin_dir"] == "/" + text
+    assert config.tomllib.loads(config.show(told))["probe"]["pin_dir"] == "/" + text
 
 
 def test_drop_ins_win_key_by_key_in_name_order(tmp_path: Path) -> None:
@@ -286,7 +286,8 @@ def test_which_keys_need_a_restart(table: str, key: str) -> None:
     """A changed key is reported exactly when a reload cannot take it over; an unchanged one never."""
     value, _ = FLIPPED[table, key]
     changed = dataclasses.replace(
-        Config(), **{table: dataclasses.replace(getattr(Config(), table), **{key: value})}  # type: ignore[arg-type]
+        Config(),
+        **{table: dataclasses.replace(getattr(Config(), table), **{key: value})},  # type: ignore[arg-type]
     )
     assert config.needs_restart(Config(), changed) == (() if (table, key) in RELOADED else (f"{table}.{key}",))
     assert config.needs_restart(changed, changed) == ()

@@ -9,12 +9,13 @@ import time
 from typing import Callable, List, Optional, Sequence, Union
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from adoptd import connections
 from adoptd.connections import ConnectionWitness, Remark, Witnesses, agreed_owner
 from adoptd.deadline import Deadline
 from adoptd.model import Ambiguous, Connection, Endpoint, Owner, Witness, WitnessUnavailable
-from hypothesis import given
-from hypothesis import strategies as st
 
 CONNECTION = Connection(Endpoint.parse("192.0.2.1:1"), Endpoint.parse("192.0.2.2:2"))
 BUDGET_MS = 5000

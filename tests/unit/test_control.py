@@ -8,41 +8,29 @@ import os
 import pwd
 import socket
 import time
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, Optional
 
 import pytest
+from fakes import ALICE, BOB, FakeAsker, FakeBackend, FakeSeal, FakeWitness, connection, job
+
 from adoptd.adoption import Adoptions
-from adoptd.callerid import Inquiry, SealRoom, Told
+from adoptd.callerid import Asker, Inquiry, SealRoom, Told
 from adoptd.config import Config, ProbeConfig
 from adoptd.connections import Witnesses
 from adoptd.control import CommandRefused, Control
-from adoptd.deadline import Deadline
 from adoptd.jobs import CgroupFinding, CgroupVerdict
 from adoptd.metrics import Metrics
-from adoptd.model import Connection, IPAddress, JobManagerError, Owner, Witness
+from adoptd.model import JobManagerError, Owner, Witness
 from adoptd.sessions import PendingLogins
 from adoptd.watch import Watch
 from adoptd.wire.callerid import Outcome
 from adoptd.wire.control import Command, Result
 from adoptd.workers import Workers
-from fakes import ALICE, BOB, FakeBackend, FakeSeal, FakeWitness, connection, job
 
+NAMED = Told(Outcome.JOB, "owner", "17", Witness.BPF)
 NOBODY_NAME = pwd.getpwuid(65534).pw_name
 ENDS = connection()
 SPELLED = {"source": "127.0.0.1:40000", "destination": "127.0.0.2:22"}
-
-
-class FakeAsker:
-    """Stands in for callerid.Asker and notes what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: List[Tuple[Connection, Optional[int], Optional[IPAddress]]] = []
-
-    async def ask(
-        self, connection: Connection, login_uid: Optional[int], deadline: Deadline, at: Optional[IPAddress] = None
-    ) -> Told:
-        self.asked.append((connection, login_uid, at))
-        return Told(Outcome.JOB, "owner", "17", Witness.BPF)
 
 
 class Node:
@@ -53,26 +41,24 @@ class Node:
         self.workers = Workers("w", 2, 8)
         owner = Owner(Witness.BPF, ALICE, pid=os.getpid(), cgroup_id=1, comm="ssh")
         self.witnesses = Witnesses([FakeWitness(Witness.BPF, {ENDS: owner})])
-        self.asker = FakeAsker() if callerid else None
+        self.asker = FakeAsker(NAMED) if callerid else None
         self.pending = PendingLogins(time.monotonic)
         self.watch = Watch(ProbeConfig(enabled=False), self.metrics, self.workers)
-        asker = self.asker
-        adoptions = Adoptions(
-            "n1", self.backend, asker, self.pending, self.workers, self.metrics  # type: ignore[arg-type]
-        )
+        asker: Optional[Asker] = self.asker  # type: ignore[assignment]
+        adoptions = Adoptions("n1", self.backend, asker, self.pending, self.workers, self.metrics)
         self.control = Control(
             Config(),
             self.backend,
             SealRoom(FakeSeal(), self.workers) if callerid else None,
             Inquiry(self.witnesses, self.backend, self.workers),
-            asker,  # type: ignore[arg-type]
+            asker,
             adoptions,
             self.pending,
             self.watch,
             self.workers,
         )
 
-    def do(self, name: str, uid: int = 0, **arguments: str) -> Result:
+    def do(self, name: str, uid: int = 0, /, **arguments: str) -> Result:
         return asyncio.run(self.control.execute(Command(name, arguments), uid))
 
     def close(self) -> None:
@@ -95,7 +81,7 @@ def node() -> Iterator[Node]:
         ("status", {"x": "1"}, "status takes nothing and may take nothing, got x"),
         ("whois", {}, "whois takes destination, source and may take at, got nothing"),
         ("whois", {"source": "127.0.0.1:1"}, "whois takes destination, source"),
-        ("whois", {**SPELLED, "pid": "0"}, "whois takes destination, source"),
+        ("whois", {**SPELLED, "uid": "0"}, "whois takes destination, source"),
         ("whois", {**SPELLED, "source": "localhost:1"}, "'localhost:1' is not IPV4:PORT"),
         ("whois", {**SPELLED, "destination": "[::1]:22"}, "different IP versions"),
         ("explain", {"user": "no-such-user-here"}, "there is no user 'no-such-user-here'"),
@@ -106,7 +92,9 @@ def node() -> Iterator[Node]:
         ("explain", {"user": "root", "options": "single_job_skip_rpc=yes"}, "single_job_skip_rpc is 'yes', expected 0"),
     ],
 )
-def test_what_is_not_understood_is_refused_in_words(node: Node, name: str, arguments: Dict[str, str], words: str) -> None:
+def test_what_is_not_understood_is_refused_in_words(
+    node: Node, name: str, arguments: Dict[str, str], words: str
+) -> None:
     """Unknown commands, arguments too few or too many, and values that are none."""
     with pytest.raises(CommandRefused) as refusal:
         node.do(name, **arguments)

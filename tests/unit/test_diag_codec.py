@@ -8,6 +8,9 @@ import struct
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from adoptd.connections.diag_codec import (
     CONNECTED_STATES,
     DiagError,
@@ -16,8 +19,6 @@ from adoptd.connections.diag_codec import (
     encode_question,
 )
 from adoptd.model import Connection, Endpoint, ProtocolError
-from hypothesis import given
-from hypothesis import strategies as st
 
 SEQUENCE = 7
 CONNECTION = Connection(Endpoint.parse("127.0.0.1:44450"), Endpoint.parse("127.0.0.1:36817"))

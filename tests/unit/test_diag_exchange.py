@@ -7,6 +7,7 @@ import struct
 from typing import Callable, Dict, List, Tuple
 
 import pytest
+
 from adoptd.connections.diag import Channel, DiagWitness, open_channel
 from adoptd.deadline import Deadline
 from adoptd.model import Connection, Endpoint, WitnessUnavailable

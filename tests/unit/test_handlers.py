@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import AsyncIterator, Awaitable, Callable, List, Optional
 
 import pytest
+from fakes import ALICE, HERE, FakeBackend, FakeSeal, FakeWitness, connection, job, pam_record, sample, until
+from logs import LogLines, log_lines
+from nobody import NOBODY, environment, nobody_command, public_path
+
 from adoptd.adoption import Adoptions
 from adoptd.callerid import Inquiry, Responder, SealRoom
 from adoptd.connections import Witnesses
@@ -30,9 +34,6 @@ from adoptd.wire.callerid import Outcome, Question, decode_answer, encode_questi
 from adoptd.wire.control import Command, Result
 from adoptd.wire.pam import REPLY_BYTES, REQUEST_BYTES
 from adoptd.workers import Workers
-from fakes import ALICE, HERE, FakeBackend, FakeSeal, FakeWitness, connection, job, pam_record, sample, until
-from logs import LogLines, log_lines
-from nobody import NOBODY, environment, nobody_command, public_path
 
 __all__ = ["log_lines", "public_path"]
 
@@ -68,9 +69,7 @@ class Agent:
         self.responder: Optional[Responder] = Responder(
             inquiry, SealRoom(FakeSeal(), self.workers), ReplayCache(100, time.time), 10
         )
-        self.adoptions = Adoptions(
-            "n1", self.backend, None, PendingLogins(time.monotonic), self.workers, self.metrics
-        )
+        self.adoptions = Adoptions("n1", self.backend, None, PendingLogins(time.monotonic), self.workers, self.metrics)
         handlers = Handlers(self.desk, self.metrics)
         pam, user = bind_unix(str(directory / "pam"), pam_mode), bind_unix(str(directory / "user"), 0o666)
         peer = bind_tcp(["127.0.0.1"], 0)

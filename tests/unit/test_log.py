@@ -6,10 +6,11 @@ import logging
 import shlex
 
 import pytest
-from adoptd import log
 from hypothesis import given
 from hypothesis import strategies as st
 from logs import captured
+
+from adoptd import log
 
 HOSTILE = [
     "alice\n<3>adoption decision=adopted user=root",

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Dict, FrozenSet, List, Set, Tuple
 
 import pytest
+from prometheus_client import generate_latest
+
 from adoptd.callerid import AskFault
 from adoptd.metrics import Door, Metrics, Refusal
 from adoptd.model import Witness
 from adoptd.policy import Situation, Step
 from adoptd.wire.callerid import Outcome, Reason
 from adoptd.wire.pam import Mode, Phase
-from prometheus_client import generate_latest
 
 GOLDEN = Path(__file__).with_name("golden") / "metrics.txt"
 

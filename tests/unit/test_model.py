@@ -52,7 +52,7 @@ def test_what_is_no_endpoint_is_refused_with_the_text(text: str) -> None:
 @pytest.mark.parametrize("port", [0, -1, 65536])
 def test_a_port_out_of_range_is_refused(port: int) -> None:
     """A socket never has such a port."""
-    with pytest.raises(ValueError, match="not in 1..65535"):
+    with pytest.raises(ValueError, match=r"not in 1\.\.65535"):
         Endpoint(ipaddress.ip_address("10.0.0.1"), port)
 
 

@@ -7,8 +7,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from adoptd.notify import notify, watchdog_interval_s
 from logs import LogLines, log_lines
+
+from adoptd.notify import notify, watchdog_interval_s
 
 __all__ = ["log_lines"]
 
@@ -34,9 +35,7 @@ def test_a_manager_that_cannot_be_reached_stops_nobody(
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_one_datagram_with_all_assignments(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, abstract: bool
-) -> None:
+def test_one_datagram_with_all_assignments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, abstract: bool) -> None:
     """On a path or in the abstract namespace, newline between assignments."""
     name = f"@adoptd-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -60,7 +59,7 @@ def test_one_datagram_with_all_assignments(
     ],
 )
 def test_the_watchdog_s_interval(
-    monkeypatch: pytest.MonkeyPatch, usec: "str | None", pid: "str | None", interval_s: float
+    monkeypatch: pytest.MonkeyPatch, usec: str | None, pid: str | None, interval_s: float
 ) -> None:
     """Half of what systemd allows, and only if it means this process; nonsense is no watchdog."""
     for name, value in (("WATCHDOG_USEC", usec), ("WATCHDOG_PID", str(os.getpid()) if pid == "self" else pid)):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Iterator, List, Optional, Union
 
 import pytest
+
 from adoptd.connections.diag_codec import DiagSocket
 from adoptd.connections.proc import ProcWitness
 from adoptd.deadline import Deadline

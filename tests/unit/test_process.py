@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Iterator
@@ -12,7 +15,7 @@ from typing import Iterator
 import pytest
 
 from adoptd.model import PID_MAX, AdoptionFailed
-from adoptd.process import open_process, started_ns, was_started_before
+from adoptd.process import open_peer, open_process, started_ns, was_started_before
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
@@ -125,3 +128,28 @@ def test_start_time_is_rounded_down_to_a_tick() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_peer_is_held_by_what_connected_and_not_by_what_has_its_pid_now() -> None:
+    """A caller that exits after connect() cannot be opened, whoever has its pid next; one that lives can."""
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{directory}/s")
+        listener.listen()
+        child = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); input()",
+            ]
+            + [f"{directory}/s"],
+            stdin=subprocess.PIPE,
+        )
+        accepted, _ = listener.accept()
+        with accepted:
+            with open_peer(accepted, child.pid) as held:
+                assert held.pid == child.pid
+                assert held.alive()
+                child.communicate(b"\n")
+                assert not held.alive()
+            with pytest.raises(AdoptionFailed, match=str(child.pid)):
+                open_peer(accepted, child.pid)

@@ -7,11 +7,12 @@ import json
 from typing import Callable, Dict, Union
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from adoptd.model import UID_MAX, Connection, Endpoint, IPAddress, ProtocolError, Witness
 from adoptd.wire import callerid as wire
 from adoptd.wire.callerid import Answer, Outcome, Question, Reason
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 NONCE = "0123456789abcdef" * 2
 
@@ -55,8 +56,12 @@ HEAD = {
     "sport": (0, 65536, "40000", 40000.0, None, *NEVER),
     "dport": (0, 65536, "22", None, *NEVER),
 }
-BAD_QUESTION = {**HEAD, "type": ("answer", "QUESTION", None, 1), "to": HEAD["src"][:-len(NEVER) - 2], "uid": (
-    "1001", UID_MAX + 1, 1001.0, *(value for value in NEVER))}
+BAD_QUESTION = {
+    **HEAD,
+    "type": ("answer", "QUESTION", None, 1),
+    "to": HEAD["src"][: -len(NEVER) - 2],
+    "uid": ("1001", UID_MAX + 1, 1001.0, *(value for value in NEVER)),
+}
 BAD_ANSWER = {
     **HEAD,
     "type": ("question", None, 1),
@@ -69,7 +74,7 @@ BAD_ANSWER = {
 }
 
 
-def cases(valid: Dict[str, object], bad: Dict[str, object]) -> "list[object]":
+def cases(valid: Dict[str, object], bad: Dict[str, object]) -> list[object]:
     found = []
     for key, values in bad.items():
         for value in values:  # type: ignore[attr-defined]

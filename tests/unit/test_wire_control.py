@@ -6,11 +6,12 @@ import json
 from typing import Dict, Union
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from adoptd.model import ProtocolError
 from adoptd.wire import control as wire
 from adoptd.wire.control import Command
-from hypothesis import given
-from hypothesis import strategies as st
 
 VALID: Dict[str, object] = {"v": 1, "command": "whois", "arguments": {"source": "10.0.0.1:1"}}
 
@@ -92,7 +93,9 @@ def test_any_bytes(body: bytes) -> None:
             continue
 
 
-RESULTS = st.dictionaries(st.text(max_size=8), st.none() | st.booleans() | st.integers() | st.text(max_size=20), max_size=5)
+RESULTS = st.dictionaries(
+    st.text(max_size=8), st.none() | st.booleans() | st.integers() | st.text(max_size=20), max_size=5
+)
 
 
 @given(RESULTS | st.text(max_size=50))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import struct
 
 import pytest
-from adoptd.model import ProtocolError
-from adoptd.wire import frame
 from hypothesis import given
 from hypothesis import strategies as st
+
+from adoptd.model import ProtocolError
+from adoptd.wire import frame
 
 BOUNDS = (frame.CALLERID_MAX_BYTES, frame.CONTROL_MAX_BYTES)
 

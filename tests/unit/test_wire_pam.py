@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Dict, List, Tuple
 
 import pytest
+from fakes import REQUEST_LAYOUT, connection, pam_record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from adoptd.model import UID_MAX, Connection, Endpoint, ProtocolError
 from adoptd.policy import ALLOWED_ACTIONS, Action, Options
 from adoptd.wire import pam
 from adoptd.wire.pam import Mode, PamReply, Phase, Verdict
-from fakes import REQUEST_LAYOUT, connection, pam_record
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 HEADER = Path(__file__).resolve().parents[2] / "pam_hook" / "adopt_wire.h"
 
@@ -280,7 +281,14 @@ def test_a_zeroed_record_is_never_valid() -> None:
 )
 def test_a_reply_that_does_not_fit_is_not_cut(changes: Dict[str, object], descriptors: int, words: str) -> None:
     """A job id or an environment that was cut would be another one."""
-    fields = {"verdict": Verdict.SUCCESS, "adopted": True, "job_id": "1", "summary": "", "message": "", "environment": {}}
+    fields = {
+        "verdict": Verdict.SUCCESS,
+        "adopted": True,
+        "job_id": "1",
+        "summary": "",
+        "message": "",
+        "environment": {},
+    }
     with pytest.raises(ProtocolError, match=words):
         pam.encode_reply(PamReply(**{**fields, **changes}), descriptors)  # type: ignore[arg-type]
 

@@ -8,9 +8,10 @@ import time
 from typing import Iterator, List
 
 import pytest
+from fakes import soon, until
+
 from adoptd.deadline import Deadline
 from adoptd.workers import OutOfTime, Overloaded, Workers
-from fakes import soon, until
 
 
 @pytest.fixture
