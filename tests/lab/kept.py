@@ -62,7 +62,7 @@ def print_how_to_try(lab: Lab, jobs: Sequence[str], out: TextIO) -> None:
     out.write(f"  from inside a job:  {inside} {IN_JOB} {job} ssh {second.name} cat /proc/self/cgroup\n")
     out.write(f"  from no job:        {inside} su - {ALICE.name} -c 'ssh {second.name} cat /proc/self/cgroup'\n")
     out.write(f"  ask the agent:      {inside} /run/adoptctl-demo status\n")
-    out.write(f"  logs:               {lab.cluster.directory}/node*/agent.log and syslog\n")
+    out.write(f"  logs:               {inside} tail /var/log/agent.log /var/log/syslog\n")
     out.write(f"  remove:             ./dev demo --down {lab.cluster.run_id}\n")
 
 

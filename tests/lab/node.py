@@ -187,7 +187,7 @@ class Node:
         env: Optional[Mapping[str, str]] = None,
         prompt: bool = False,
     ) -> subprocess.Popen[bytes]:
-        with (self.directory / f"{name}.log").open("ab") as log:
+        with self.path(f"/var/log/{name}.log").open("ab") as log:
             process = self.popen(argv, user=user, env=env, stdout=log.fileno(), stderr=log.fileno(), prompt=prompt)
         self._daemons[name] = process
         return process
@@ -195,9 +195,11 @@ class Node:
     def _until(self, name: str, question: str, ready: bool) -> Optional[bool]:
         code = self._daemons[name].poll()
         if code is not None:
-            log = (self.directory / f"{name}.log").read_text(encoding="utf-8", errors="replace")
-            syslog = (self.directory / "syslog").read_text(encoding="utf-8", errors="replace")
-            last = "\n".join((log + syslog).splitlines()[-15:])
+            logs = [
+                self.path(f"/var/log/{log}").read_text(encoding="utf-8", errors="replace")
+                for log in (f"{name}.log", "syslog")
+            ]
+            last = "\n".join("".join(logs).splitlines()[-15:])
             raise RuntimeError(f"{self.name}: {name} ended with {code} before {question}:\n{last}")
         return ready or None
 
@@ -295,11 +297,11 @@ class Node:
 
     def syslog(self) -> LogTail:
         """What is logged from now on."""
-        return LogTail(self.directory / "syslog")
+        return LogTail(self.path("/var/log/syslog"))
 
     def agent_log(self) -> LogTail:
         """What the agent logs from now on."""
-        return LogTail(self.directory / "agent.log")
+        return LogTail(self.path("/var/log/agent.log"))
 
     def flush_syslog(self) -> None:
         """Wait until all that was logged is in the file: datagrams keep their order, so send one and wait for it."""

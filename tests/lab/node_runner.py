@@ -30,7 +30,7 @@ class NodeSpec:
 
     name: str
     run_dir: str  # of the whole run; seen under the same path inside
-    node_dir: str  # of this node, below run_dir: its stage and its log files
+    node_dir: str  # of this node, below run_dir: where its mounts are staged
     home_dir: str  # one for all nodes
     source_dir: str  # the clone
     hide_v1: bool  # take the v1 cgroup mounts away, so that the node looks like one of a pure v2 host
@@ -99,13 +99,14 @@ def _make_mounts(spec: NodeSpec) -> None:
 
 
 def main() -> int:
-    """Become the node, then write what is logged in it to ``syslog`` in its directory."""
+    """Become the node, then write what is logged in it to its ``/var/log/syslog``."""
     spec = NodeSpec(**json.loads(sys.argv[1]))
     os.chdir("/")
-    log = os.open(f"{spec.node_dir}/syslog", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     kernel.unshare(kernel.CLONE_NEWNET | kernel.CLONE_NEWNS | kernel.CLONE_NEWUTS)
     _make_mounts(spec)
     kernel.set_hostname(spec.name)
+    # In memory, like all that a node's daemons write: a login must not wait for the host's disk.
+    log = os.open("/var/log/syslog", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind("/dev/log")
         Path("/dev/log").chmod(0o666)

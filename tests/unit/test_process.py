@@ -135,15 +135,8 @@ def test_a_peer_is_held_by_what_connected_and_not_by_what_has_its_pid_now() -> N
     with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{directory}/s")
         listener.listen()
-        child = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); input()",
-            ]
-            + [f"{directory}/s"],
-            stdin=subprocess.PIPE,
-        )
+        connects = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); input()"
+        child = subprocess.Popen([sys.executable, "-c", connects, f"{directory}/s"], stdin=subprocess.PIPE)
         accepted, _ = listener.accept()
         with accepted:
             with open_peer(accepted, child.pid) as held:
