@@ -1,0 +1,281 @@
+"""What this node's slurmd goes by: its node name, spool directory, users and cgroup settings.
+
+Owns the reading of slurm.conf (with what it includes) and cgroup.conf, found as slurmd finds them. It must
+never take another node's name, nor believe a file that others could write; the last settings that could be
+read stay in force, as they do in slurmd. Built by the service, asked by the slurm backend at every question.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+import re
+import socket
+import stat
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
+
+from adoptd.jobs.slurm_hosts import RunningSlurmd, aliases_of, expand, find_slurmd
+from adoptd.jobs.slurm_paths import DEFAULT_PREPEND, DEFAULT_SLICE, SlurmPaths
+from adoptd.model import JobManagerError
+
+# Where packages and builds of Slurm have it, and where a slurmd without a file of its own keeps the
+# controller's (configless, 20.02 on). src/common/read_config.c asks in this order: a file of the node's first.
+CONF_FILES = (
+    "/etc/slurm/slurm.conf",
+    "/run/slurm/conf/slurm.conf",
+    "/etc/slurm-llnl/slurm.conf",
+    "/usr/local/etc/slurm.conf",
+    "/opt/slurm/etc/slurm.conf",
+)
+DEFAULT_SPOOL_DIR = "/var/spool/slurmd"  # DEFAULT_SPOOLDIR of read_config.h
+# A slurmd started later with another -N leaves every file as it is, so the settings are made anew now and then.
+_FRESH_S = 60.0
+_INCLUDES_MAX = 64
+_FILE_MAX_BYTES = 16 << 20
+# src/common/parse_config.c: a value is quoted or one word, and there may be spaces around the "=".
+_PAIR = re.compile(r'([A-Za-z0-9_.]+)[ \t]*=[ \t]*("[^"]*"|[^ \t"]+)')
+_INCLUDE = re.compile(r"[ \t]*include[ \t]+([^ \t]+)[ \t]*", re.IGNORECASE)
+_COMMENT = re.compile(r"(?<!\\)#.*")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SlurmOverrides:
+    """What the administrator said instead of having it found; "" where nothing was."""
+
+    conf_file: str = ""
+    node_name: str = ""
+    spool_dir: str = ""
+
+
+@dataclass(frozen=True)
+class SlurmSettings:
+    """What is in force on this node. ``node_name_certain`` is False where only the host name spoke for it.
+
+    ``trusted_uids`` are root, SlurmUser and SlurmdUser: who may own a step's socket and listen on it.
+    ``auth_type`` and ``auth_info`` are AuthType and AuthInfo, for a seal that is to be the site's own.
+    """
+
+    conf_file: Optional[str]
+    node_name: str
+    node_name_certain: bool
+    spool_dir: str
+    trusted_uids: FrozenSet[int]
+    auth_type: str
+    auth_info: str
+    paths: SlurmPaths
+
+
+@dataclass(frozen=True)
+class HostView:
+    """Where facts about the host are read from; tests make their own."""
+
+    proc_root: str = "/proc"
+    hosts_file: str = "/etc/hosts"
+    conf_files: Tuple[str, ...] = CONF_FILES
+    default_spool_dir: str = DEFAULT_SPOOL_DIR
+    host_name: str = ""
+
+    def short_name(self) -> str:
+        """The host's name without its domain, as slurmd has it."""
+        return (self.host_name or socket.gethostname()).partition(".")[0]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The merged text of slurm.conf: single values by lower-case key, node lines in order, the files read."""
+
+    values: Mapping[str, str]
+    nodes: Tuple[Tuple[str, str], ...]
+    files: Tuple[str, ...]
+    owner: int
+
+
+class SlurmConf:
+    """The settings, read again when a file has changed. Safe to share between threads."""
+
+    def __init__(
+        self,
+        overrides: SlurmOverrides = SlurmOverrides(),
+        environment: Optional[Mapping[str, str]] = None,
+        host: HostView = HostView(),
+    ) -> None:
+        """Nothing is read before it is asked for: slurmd may start, and fetch its files, after us."""
+        self._overrides = overrides
+        self._environment = dict(os.environ if environment is None else environment)
+        self._host = host
+        self._lock = threading.Lock()
+        self._known: Optional[SlurmSettings] = None
+        self._signature: Tuple[Tuple[str, int, int, int], ...] = ()
+        self._until_s = 0.0
+        self._complaint = ""
+
+    def is_there(self) -> bool:
+        """Whether Slurm looks installed here: a slurm.conf or a spool directory. For ``backend = "auto"``."""
+        spool = self._overrides.spool_dir or self._host.default_spool_dir
+        return self._find_file(None) is not None or Path(spool).is_dir()
+
+    def settings(self) -> SlurmSettings:
+        """What is in force now. Raises JobManagerError if nothing ever could be read."""
+        with self._lock:
+            if self._known is not None and time.monotonic() < self._until_s and self._signature == self._sign():
+                return self._known
+            try:
+                self._known, files = self._load()
+                self._signature = tuple(_signature_of(file) for file in files)
+                self._complaint = ""
+            except JobManagerError as error:
+                if self._known is None:
+                    raise
+                # Steps that run go by what was there before: slurmd does not forget it either.
+                if str(error) != self._complaint:
+                    self._complaint = str(error)
+                    _log.warning("Slurm's configuration cannot be read, the one before stays in force: %s", error)
+            self._until_s = time.monotonic() + _FRESH_S
+            return self._known
+
+    def _sign(self) -> Tuple[Tuple[str, int, int, int], ...]:
+        return tuple(_signature_of(name) for name, *_ in self._signature)
+
+    def _load(self) -> Tuple[SlurmSettings, Tuple[str, ...]]:
+        said_all = self._overrides.node_name and self._overrides.conf_file
+        slurmd = RunningSlurmd() if said_all else find_slurmd(self._host.proc_root)
+        file = self._find_file(slurmd.conf_file)
+        if file is None:
+            if not (self._overrides.spool_dir and self._overrides.node_name):
+                raise JobManagerError(f"no slurm.conf: not one of {', '.join(self._host.conf_files)}")
+            text = _Text({}, (), (), 0)
+        else:
+            text = _read(file)
+        users = [_uid_of(text.values.get(key, "root"), key) for key in ("slurmuser", "slurmduser")]
+        trusted = frozenset((0, *users))
+        if text.owner not in trusted:
+            raise JobManagerError(f"{file}: owned by uid {text.owner}, which is neither root nor SlurmUser")
+        node_name, certain = self._node_name(slurmd.node_name, text)
+        spool = self._overrides.spool_dir or text.values.get("slurmdspooldir", self._host.default_spool_dir)
+        spool = spool.replace("%h", self._host.short_name()).replace("%n", node_name)
+        if not spool.startswith("/"):
+            raise JobManagerError(f"{file}: SlurmdSpoolDir {spool!r} is not an absolute path")
+        beside = None if file is None else str(Path(file).with_name("cgroup.conf"))
+        cgroup = _read(beside).values if beside is not None and Path(beside).exists() else {}
+        paths = SlurmPaths(
+            node_name,
+            cgroup.get("cgroupslice", DEFAULT_SLICE),
+            "/" + cgroup.get("cgroupprepend", DEFAULT_PREPEND).strip("/"),
+        )
+        auth_type, auth_info = text.values.get("authtype", "auth/munge"), text.values.get("authinfo", "")
+        settings = SlurmSettings(file, node_name, certain, spool, trusted, auth_type, auth_info, paths)
+        return settings, text.files + (() if beside is None else (beside,))
+
+    def _find_file(self, of_slurmd: Optional[str]) -> Optional[str]:
+        for named in (self._overrides.conf_file, of_slurmd, self._environment.get("SLURM_CONF")):
+            if named:
+                return named
+        return next((file for file in self._host.conf_files if Path(file).is_file()), None)
+
+    def _node_name(self, of_slurmd: Optional[str], text: _Text) -> Tuple[str, bool]:
+        """The NodeName, and whether anything but the host name says so."""
+        for named in (self._overrides.node_name, of_slurmd, self._environment.get("SLURMD_NODENAME")):
+            if named:
+                return named, True
+        short = self._host.short_name()
+        for host in (short, *aliases_of(short, self._host.hosts_file), "localhost"):
+            for names, hosts in text.nodes:
+                name = _name_at(names, hosts, host)
+                if name is not None:
+                    return name, True
+        return short, False
+
+
+def _name_at(names: str, hosts: str, host: str) -> Optional[str]:
+    """The NodeName whose NodeHostname is ``host``, of one line's two lists."""
+    # Expanding every line of a big cluster's file would take longer than everything else.
+    if not any(host.startswith(part.partition("[")[0]) for part in hosts.split(",")):
+        return None
+    for position, each in enumerate(expand(hosts)):
+        if each == host:
+            return next((name for index, name in enumerate(expand(names)) if index == position), None)
+    return None
+
+
+def _read(file: str) -> _Text:
+    """One configuration file and all it includes. Raises JobManagerError."""
+    values: Dict[str, str] = {}
+    nodes: List[Tuple[str, str]] = []
+    files: List[str] = []
+    owner = _read_into(file, Path(file).parent, values, nodes, files)
+    return _Text(values, tuple(nodes), tuple(files), owner)
+
+
+def _read_into(file: str, base: Path, values: Dict[str, str], nodes: List[Tuple[str, str]], files: List[str]) -> int:
+    if len(files) >= _INCLUDES_MAX:
+        raise JobManagerError(f"{file}: more than {_INCLUDES_MAX} files include each other")
+    files.append(file)
+    text, owner = _text_of(file)
+    for line in _lines(text):
+        included = _INCLUDE.fullmatch(line)
+        if included is not None:
+            name = included[1].replace("%c", values.get("clustername", ""))
+            if _read_into(str(base / name), base, values, nodes, files) not in (0, owner):
+                raise JobManagerError(f"{base / name}: its owner is neither root nor that of the file including it")
+            continue
+        pairs = {key.lower(): value.strip('"') for key, value in _PAIR.findall(line)}
+        if "nodename" in pairs:
+            nodes.append((pairs["nodename"], pairs.get("nodehostname", pairs["nodename"])))
+        elif not pairs.keys() & {"partitionname", "downnodes", "nodeset", "switchname"}:
+            values.update(pairs)
+    return owner
+
+
+def _text_of(file: str) -> Tuple[str, int]:
+    """A file's text and owner. Raises JobManagerError if it cannot be read or anybody could have written it."""
+    try:
+        with Path(file).open("rb") as opened:
+            status = os.fstat(opened.fileno())
+            data = opened.read(_FILE_MAX_BYTES + 1)
+    except OSError as error:
+        raise JobManagerError(f"{file}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode) or len(data) > _FILE_MAX_BYTES:
+        raise JobManagerError(f"{file}: not a configuration file")
+    if status.st_mode & stat.S_IWOTH:
+        raise JobManagerError(f"{file}: everybody can write it")
+    return data.decode("utf-8", "surrogateescape"), status.st_uid
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Logical lines: a backslash at the end continues one, an unescaped # ends it."""
+    pending = ""
+    for line in text.splitlines():
+        line = _COMMENT.sub("", line).rstrip()
+        if line.endswith("\\"):
+            pending += line[:-1] + " "
+            continue
+        yield (pending + line).replace("\\#", "#")
+        pending = ""
+    if pending:
+        yield pending
+
+
+def _uid_of(user: str, key: str) -> int:
+    if user.isascii() and user.isdigit():
+        return int(user)
+    # SlurmUser=name(uid) is how scontrol shows it; the files have the name alone.
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise JobManagerError(f"{key} {user!r} is no user of this host") from None
+
+
+def _signature_of(file: str) -> Tuple[str, int, int, int]:
+    """What tells one content of a file from another, without reading it; zeros where there is none."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return file, 0, 0, 0
+    return file, status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,291 @@
+"""The extern steps of this node: their sockets in slurmd's spool directory, and what each says of itself.
+
+Owns which socket may be believed, and the memory of what a step once said. It must never unlink a socket, ask
+a step that is known to be another user's, nor take silence for "no job". Called by the slurm backend.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import stat
+import threading
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Dict, FrozenSet, Iterator, List, Optional, Set, Tuple, Union
+
+from adoptd.deadline import Deadline
+from adoptd.jobs import slurm_wire as wire
+from adoptd.jobs.slurm_conf import SlurmConf, SlurmSettings
+from adoptd.jobs.slurm_paths import parse_job_id
+from adoptd.jobs.slurm_step import StepClosed, StepConnection, StepError, StepGone, connect
+from adoptd.jobs.slurm_wire import EXTERN_STEPS, Op, StepState
+from adoptd.model import Job, JobManagerError
+from adoptd.process import started_ns
+
+# An idle step answers within 0.1 ms, one on a node with more to do than CPUs within tens. Steps are waited for
+# together, so this is also the most that any number of hanging ones can take of a login's budget of 1 s.
+STEP_MS = 400.0
+_COMPLAINTS_MAX = 1024
+_HELLO = wire.hello() + wire.request(Op.STATE) + wire.request(Op.UID)
+# Any node's extern step; the last "." may be followed by a heterogeneous component.
+_SOCKET = re.compile(r"(.+)_([0-9]{1,10})\.([0-9]{1,10})(?:\.[0-9]{1,10})?", re.DOTALL)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepFile:
+    """A socket file. Device, inode and ctime together are never those of an earlier file of that name."""
+
+    name: str
+    job_id: int
+    device: int
+    inode: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """An extern step that answered, now or (``state`` None) at another time and is silent now."""
+
+    file: StepFile
+    daemon_pid: int
+    daemon_started_ns: int
+    uid: int
+    sluid: Optional[int]
+    state: Optional[StepState]
+
+    @property
+    def job(self) -> Job:
+        """The step's job. A requeued job of the same id has another step daemon and another socket.
+
+        The daemon's pid and start are unique in a boot. The socket's ctime orders jobs but is no part of the
+        identity: whoever changes the file's mode or owner changes it, and the job is the same.
+        """
+        identity = (self.file.job_id, self.daemon_pid, self.daemon_started_ns, self.file.inode)
+        return Job(str(self.file.job_id), self.uid, self.file.ctime_ns, identity)
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A step that is there and has never said whose it is; ``words`` say what it did instead."""
+
+    job_id: int
+    words: str
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What was found: the steps, and those that cannot be told."""
+
+    steps: Tuple[Step, ...]
+    silent: Tuple[Silent, ...]
+
+
+class Spool:
+    """The steps of one node. Safe to share between threads."""
+
+    def __init__(self, conf: SlurmConf, proc_root: str = "/proc", step_ms: float = STEP_MS) -> None:
+        """Nothing is read before it is asked for. ``step_ms`` is how long steps are waited for, all together."""
+        self._conf = conf
+        self._proc_root = proc_root
+        self._step_ms = step_ms
+        self._lock = threading.Lock()
+        self._known: Dict[StepFile, Step] = {}
+        self._complaints: Set[str] = set()
+
+    def steps(self, deadline: Deadline, uid: Optional[int] = None, job_id: Optional[int] = None) -> Steps:
+        """The extern steps here, of one user or one job if given, ending ones included; one per job.
+
+        All are asked at once and waited for together. Raises JobManagerError if the directory cannot be read
+        or believed.
+        """
+        found: Dict[int, Step] = {}
+        silent: List[Silent] = []
+        with self._opened() as (directory, settings), ExitStack() as connections:
+            files = [file for file in self._files(directory, settings) if job_id in (None, file.job_id)]
+            with self._lock:
+                memory = {file: self._known[file] for file in files if file in self._known}
+            wanted = [file for file in files if uid is None or file not in memory or memory[file].uid == uid]
+            # Connecting and writing never wait, so every step works on its answer while the first is read.
+            asked = [(file, self._begin(directory, file, connections)) for file in wanted]
+            together = deadline.earlier(self._step_ms)
+            for file, connection in asked:
+                answer = self._finish(directory, file, connection, memory.get(file), settings, together, connections)
+                if isinstance(answer, Step):
+                    if file.job_id not in found or found[file.job_id].file.ctime_ns < file.ctime_ns:
+                        found[file.job_id] = answer
+                elif not isinstance(answer, StepGone):
+                    silent.append(Silent(file.job_id, str(answer)))
+        return Steps(tuple(found.values()), tuple(silent))
+
+    @contextmanager
+    def connected(self, job: Job, deadline: Deadline) -> Iterator[Tuple[StepConnection, Step]]:
+        """A connection to the extern step of this very job, and what the step says.
+
+        Raises StepGone if the job has ended or is another one by now, StepError, JobManagerError.
+        """
+        with self._opened() as (directory, settings), ExitStack() as connections:
+            for file in self._files(directory, settings):
+                if str(file.job_id) != job.id or file.inode != job.identity[-1]:
+                    continue
+                connection = self._begin(directory, file, connections)
+                if isinstance(connection, StepError):
+                    raise connection
+                step = self._read(file, connection, None, settings, deadline)
+                if (step.job.identity, step.uid) != (job.identity, job.uid):
+                    continue
+                yield connection, step
+                return
+        raise StepGone(f"job {job.id} has ended")
+
+    @contextmanager
+    def _opened(self) -> Iterator[Tuple[int, SlurmSettings]]:
+        settings = self._conf.settings()
+        path = os.path.realpath(settings.spool_dir)
+        try:
+            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise JobManagerError(f"slurmd's spool directory {path}: {error.strerror}") from None
+        try:
+            _check_trusted(path, directory, settings.trusted_uids)
+            yield directory, settings
+        finally:
+            os.close(directory)
+
+    def _files(self, directory: int, settings: SlurmSettings) -> List[StepFile]:
+        """The sockets of this node's extern steps. Raises JobManagerError."""
+        files: List[StepFile] = []
+        others: Set[str] = set()
+        try:
+            names = os.listdir(directory)
+        except OSError as error:
+            raise JobManagerError(f"slurmd's spool directory {settings.spool_dir}: {error.strerror}") from None
+        for name in names:
+            match = _SOCKET.fullmatch(name)
+            job_id = parse_job_id(match[2]) if match is not None else None
+            if match is None or job_id is None or int(match[3]) not in EXTERN_STEPS:
+                continue
+            if match[1] != settings.node_name:
+                others.add(match[1])
+                continue
+            try:
+                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISSOCK(status.st_mode) or status.st_uid not in settings.trusted_uids:
+                self._complain(f"{settings.spool_dir}/{name}: not a socket of root's or SlurmUser's, ignored")
+                continue
+            files.append(StepFile(name, job_id, status.st_dev, status.st_ino, status.st_ctime_ns))
+        if others and not files and not settings.node_name_certain:
+            # Then the guess is wrong, and "no jobs" would turn away everybody who has some.
+            raise JobManagerError(
+                f"{settings.spool_dir} has job steps of node {', '.join(sorted(others))} and none of "
+                f"{settings.node_name}, which is only this host's name: set the NodeName"
+            )
+        with self._lock:
+            here = set(files)
+            self._known = {file: step for file, step in self._known.items() if file in here}
+        return files
+
+    def _begin(self, directory: int, file: StepFile, connections: ExitStack) -> Union[StepConnection, StepError]:
+        try:
+            connection = connections.enter_context(connect(directory, file.name, f"step {file.name}"))
+            connection.send(_HELLO)
+            return connection
+        except StepError as error:
+            return error
+
+    def _finish(
+        self,
+        directory: int,
+        file: StepFile,
+        begun: Union[StepConnection, StepError],
+        known: Optional[Step],
+        settings: SlurmSettings,
+        deadline: Deadline,
+        connections: ExitStack,
+    ) -> Union[Step, StepError]:
+        """What the step says; the error if it cannot be told and nothing is known of it."""
+        for attempt in range(2):
+            try:
+                if isinstance(begun, StepError):
+                    raise begun
+                step = self._read(file, begun, known, settings, deadline)
+                with self._lock:
+                    self._known[file] = step
+                return step
+            except StepGone as error:
+                return error
+            except StepClosed as error:
+                failure: StepError = error
+                # One that ends closes what is open, and is gone when looked for again.
+                if attempt == 0:
+                    begun = self._begin(directory, file, connections)
+            except StepError as error:
+                failure = error
+                break
+        self._complain(f"{failure}; its job {'is still counted' if known else 'cannot be told'}")
+        # Its owner is known for good, and that it runs: somebody holds the socket. Only its state is open, and
+        # an adoption will find that out; leaving it out could put the user's session into another job.
+        return failure if known is None else replace(known, state=None)
+
+    def _read(
+        self,
+        file: StepFile,
+        connection: StepConnection,
+        known: Optional[Step],
+        settings: SlurmSettings,
+        deadline: Deadline,
+    ) -> Step:
+        """The answer to what _begin() asked. Raises StepError."""
+        if connection.daemon_uid not in settings.trusted_uids:
+            raise StepGone(f"step {file.name}: listened on by uid {connection.daemon_uid}")
+        if connection.daemon_pid == 0:
+            raise StepError(f"step {file.name}: its daemon is outside our pid namespace, so pids differ")
+        started = started_ns(connection.daemon_pid, self._proc_root)
+        if started is None:
+            raise StepGone(f"step {file.name}: its daemon, process {connection.daemon_pid}, has ended")
+        version = connection.greeted(deadline)
+        state = connection.receive(wire.read_state(), deadline)
+        uid = connection.receive(wire.read_uid(), deadline)
+        sluid = None if known is None else known.sluid
+        if sluid is None and version >= wire.VERSION_25_11:
+            connection.send(wire.request(Op.SLUID))
+            sluid = connection.receive(wire.read_sluid(), deadline) or None
+        return Step(file, connection.daemon_pid, started, uid, sluid, state)
+
+    def _complain(self, text: str) -> None:
+        """Once: it is asked at every login."""
+        with self._lock:
+            if text in self._complaints:
+                return
+            if len(self._complaints) >= _COMPLAINTS_MAX:
+                self._complaints.clear()
+            self._complaints.add(text)
+        _log.warning("%s", text)
+
+
+def _check_trusted(path: str, directory: int, trusted: FrozenSet[int]) -> None:
+    """Raise JobManagerError if anybody else could put a socket there, or another directory in its place."""
+    statuses = [(path, os.fstat(directory))]
+    parent = os.path.dirname(path)
+    while True:
+        try:
+            statuses.append((parent, os.stat(parent)))
+        except OSError as error:
+            raise JobManagerError(f"{parent}: {error.strerror}") from None
+        if parent == "/":
+            break
+        parent = os.path.dirname(parent)
+    for name, status in statuses:
+        if status.st_uid not in trusted:
+            raise JobManagerError(f"slurmd's spool directory {path}: {name} belongs to uid {status.st_uid}")
+        open_to_group = status.st_mode & stat.S_IWGRP and status.st_gid != 0
+        if not (open_to_group or status.st_mode & stat.S_IWOTH):
+            continue
+        # In a sticky directory others can add entries, but not replace one that is not theirs.
+        if name == path or not status.st_mode & stat.S_ISVTX:
+            raise JobManagerError(f"slurmd's spool directory {path}: others can write to {name}")
