@@ -11,10 +11,9 @@ import time
 from dataclasses import dataclass, replace
 from typing import List, Mapping, Optional, Tuple
 
-from adoptd import log
 from adoptd.callerid import Asker, AskFault, Told
 from adoptd.deadline import Deadline
-from adoptd.jobs import JobBackend
+from adoptd.jobs import JobBackend, JobSession
 from adoptd.metrics import Metrics
 from adoptd.model import AdoptionFailed, Connection, Job, JobManagerError, Witness
 from adoptd.policy import AFTER_FAILURE, Options, Situation, Step, next_step, situation_of
@@ -58,9 +57,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Decision:
-    """How a login ended. ``step`` is SUCCEED, DENY or IGNORE; ``reason`` a value of Step or Situation.
+    """How a login ended. ``step`` is SUCCEED, DENY or IGNORE; ``reason`` a value of Step or Situation, or
+    "account_phase" where the session phase followed what that had settled.
 
     ``job`` is the job the process was adopted into (with ``adopted``), or would be when only explained.
+    ``session`` is what the session is given; whoever takes the decision closes it.
     """
 
     step: Step
@@ -71,6 +72,7 @@ class Decision:
     witness: Optional[Witness]
     message: str
     stages: Tuple[Stage, ...]
+    session: Optional[JobSession] = None
 
     @property
     def verdict(self) -> Verdict:
@@ -81,6 +83,15 @@ class Decision:
     def outcome(self) -> str:
         """adopted, allowed, denied or ignored: what happened or, where only observed or explained, would have."""
         return _OUTCOMES[self.step] if self.job is None else "adopted"
+
+
+@dataclass(frozen=True)
+class _Mover:
+    """The process to move, and what its session is to be given besides."""
+
+    process: ProcessHandle
+    x11: bool
+    namespaces: bool
 
 
 class _Trail:
@@ -117,10 +128,24 @@ class Adoptions:
         self._workers = workers
         self._metrics = metrics
 
+    def at(self, node_name: str) -> Adoptions:
+        """These adoptions for the PAM option nodename=; "" is none. Raises JobManagerError."""
+        if not node_name:
+            return self
+        jobs = self._jobs.for_node(node_name)
+        return Adoptions(self._node_name, jobs, self._asker, self._pending, self._workers, self._metrics)
+
     async def serve(self, request: PamRequest, process: ProcessHandle, deadline: Deadline) -> Tuple[PamReply, Decision]:
-        """The reply for one phase of one login. ``process`` is the caller, as the kernel named it."""
+        """The reply for one phase of one login. ``process`` is the caller, as the kernel named it.
+
+        The descriptors of the decision's session go with the reply.
+        """
         login = Login(request.uid, request.user, request.connection, request.options)
-        mover = process if request.mode is Mode.ENFORCE else None
+        mover = None
+        if request.mode is Mode.ENFORCE:
+            # Only the session phase runs in the process that may be moved to other namespaces.
+            joins = request.join_container and request.phase is Phase.SESSION
+            mover = _Mover(process, x11=not request.disable_x11, namespaces=joins)
         if request.phase is Phase.ACCOUNT:
             decision = await self._account(login, mover, deadline)
         else:
@@ -128,20 +153,20 @@ class Adoptions:
         self._metrics.adoptions.labels(
             request.phase.name.lower(), request.mode.name.lower(), decision.outcome, decision.reason
         ).inc()
-        return _reply(request, decision, await self._environment(decision, deadline)), decision
+        return _reply(request, decision), decision
 
     async def explain(self, login: Login, deadline: Deadline) -> Decision:
         """The decision that ``login``'s account phase would get now. Moves nothing, remembers nothing."""
         return await self._decide(login, None, _Trail(), deadline)
 
-    async def _account(self, login: Login, mover: Optional[ProcessHandle], deadline: Deadline) -> Decision:
+    async def _account(self, login: Login, mover: Optional[_Mover], deadline: Deadline) -> Decision:
         decision = await self._decide(login, mover, _Trail(), deadline)
         if login.connection is not None:
             settlement = Settlement(decision.step, decision.situation, decision.job, decision.witness)
             self._pending.remember(login.uid, login.connection, settlement)
         return decision
 
-    async def _session(self, login: Login, mover: Optional[ProcessHandle], deadline: Deadline) -> Decision:
+    async def _session(self, login: Login, mover: Optional[_Mover], deadline: Deadline) -> Decision:
         """Adopt this process where the account phase put its own.
 
         The account phase is the gate. A login that it let through without a job, or that another
@@ -152,7 +177,7 @@ class Adoptions:
         if settled is not None and settled.job is not None:
             trail.add("account_phase", f"job {settled.job.id}")
             try:
-                return await self._adopt_again(login, settled, settled.job, mover, trail, deadline)
+                return await self._adopt_again(settled, settled.job, mover, trail, deadline)
             except (AdoptionFailed, JobManagerError, OutOfTime, Overloaded) as error:
                 # The job ended, or is another one by the same name: everything is open again.
                 trail.add("adopt", f"failed: {error}")
@@ -160,7 +185,7 @@ class Adoptions:
         if settled is not None and settled.situation in (Situation.NO_JOBS, Situation.UNKNOWN, Situation.NAMED_FAILED):
             trail.add("account_phase", f"{settled.situation.value}, not adopted")
             step = Step.SUCCEED if settled.step is Step.SUCCEED else Step.IGNORE
-            return self._finish(login, step, settled.situation, (), None, trail)
+            return self._finish(step, settled.situation, (), trail)
         decision = await self._decide(login, mover, trail, deadline)
         if decision.situation is Situation.NO_JOBS and decision.step is Step.DENY:
             trail.add("account_phase", "not known here; it let the user in")
@@ -168,15 +193,9 @@ class Adoptions:
         return decision
 
     async def _adopt_again(
-        self,
-        login: Login,
-        settled: Settlement,
-        job: Job,
-        mover: Optional[ProcessHandle],
-        trail: _Trail,
-        deadline: Deadline,
+        self, settled: Settlement, job: Job, mover: Optional[_Mover], trail: _Trail, deadline: Deadline
     ) -> Decision:
-        await self._adopt(job, mover, deadline)
+        session = await self._adopt(job, mover, deadline)
         trail.add("adopt", f"in job {job.id}")
         return Decision(
             step=Step.SUCCEED,
@@ -187,11 +206,10 @@ class Adoptions:
             witness=settled.witness,
             message="",
             stages=trail.stages,
+            session=session,
         )
 
-    async def _decide(
-        self, login: Login, mover: Optional[ProcessHandle], trail: _Trail, deadline: Deadline
-    ) -> Decision:
+    async def _decide(self, login: Login, mover: Optional[_Mover], trail: _Trail, deadline: Deadline) -> Decision:
         jobs = await self._jobs_of(login, trail, deadline)
         situation = situation_of(None if jobs is None else len(jobs))
         here = jobs or ()
@@ -207,7 +225,7 @@ class Adoptions:
             elif step in AFTER_FAILURE:
                 job = named if step is Step.ADOPT_NAMED and named is not None else here[0]
                 try:
-                    await self._adopt(job, mover, deadline)
+                    session = await self._adopt(job, mover, deadline)
                 except (AdoptionFailed, JobManagerError, OutOfTime, Overloaded) as error:
                     trail.add("adopt", f"job {job.id} failed: {error}")
                     situation = AFTER_FAILURE[step]
@@ -222,9 +240,10 @@ class Adoptions:
                     witness=told.witness if told is not None and step is Step.ADOPT_NAMED else None,
                     message="",
                     stages=trail.stages,
+                    session=session,
                 )
             else:
-                return self._finish(login, step, situation, here, told, trail)
+                return self._finish(step, situation, here, trail)
 
     async def _jobs_of(self, login: Login, trail: _Trail, deadline: Deadline) -> Optional[Tuple[Job, ...]]:
         try:
@@ -242,19 +261,21 @@ class Adoptions:
             return Told(Outcome.UNKNOWN, AskFault.NO_CONNECTION.value)
         return await self._asker.ask(login.connection, login.uid, deadline)
 
-    async def _adopt(self, job: Job, mover: Optional[ProcessHandle], deadline: Deadline) -> None:
-        if mover is not None:
-            await self._workers.run(lambda: self._jobs.adopt(mover, job, deadline), deadline)
+    async def _adopt(self, job: Job, mover: Optional[_Mover], deadline: Deadline) -> Optional[JobSession]:
+        """Move the process into the job and fetch what its session is given; None where nothing is moved.
 
-    def _finish(
-        self,
-        login: Login,
-        step: Step,
-        situation: Situation,
-        here: Tuple[Job, ...],
-        told: Optional[Told],
-        trail: _Trail,
-    ) -> Decision:
+        Without the namespaces a session has to enter it is not in its job: that is a failed adoption too.
+        """
+        if mover is None:
+            return None
+
+        def adopt_and_fetch() -> JobSession:
+            self._jobs.adopt(mover.process, job, deadline)
+            return self._jobs.session(job, mover.x11, mover.namespaces, deadline)
+
+        return await self._workers.run(adopt_and_fetch, deadline)
+
+    def _finish(self, step: Step, situation: Situation, here: Tuple[Job, ...], trail: _Trail) -> Decision:
         trail.add("decide", f"{situation.value}: {step.value}")
         return Decision(
             step=step,
@@ -263,11 +284,11 @@ class Adoptions:
             adopted=False,
             job=None,
             witness=None,
-            message=self._denial(login, situation, here, told) if step is Step.DENY else "",
+            message=self._denial(situation, here) if step is Step.DENY else "",
             stages=trail.stages,
         )
 
-    def _denial(self, login: Login, situation: Situation, here: Tuple[Job, ...], told: Optional[Told]) -> str:
+    def _denial(self, situation: Situation, here: Tuple[Job, ...]) -> str:
         """A sentence for the user: what was refused, why, and what to do."""
         node = self._node_name
         if situation is Situation.NO_JOBS:
@@ -285,19 +306,8 @@ class Adoptions:
             )
         return _fitting(f"Access to {node} refused: {why}")
 
-    async def _environment(self, decision: Decision, deadline: Deadline) -> Mapping[str, str]:
-        job = decision.job
-        if not decision.adopted or job is None:
-            return {}
-        try:
-            return await self._workers.run(lambda: self._jobs.session_environment(job), deadline)
-        except (JobManagerError, OutOfTime, Overloaded) as error:
-            # The session is in its job; without the variables it is less convenient, not less right.
-            log.warning("environment_unavailable", job=job.id, error=str(error))
-            return {}
 
-
-def _reply(request: PamRequest, decision: Decision, environment: Mapping[str, str]) -> PamReply:
+def _reply(request: PamRequest, decision: Decision) -> PamReply:
     witness = "none" if decision.witness is None else decision.witness.value
     return PamReply(
         verdict=decision.verdict,
@@ -305,7 +315,7 @@ def _reply(request: PamRequest, decision: Decision, environment: Mapping[str, st
         job_id="" if decision.job is None else decision.job.id,
         summary=f"reason={decision.reason} witness={witness}",
         message=decision.message if request.mode is Mode.ENFORCE else "",
-        environment=environment,
+        environment={} if decision.session is None else decision.session.environment,
     )
 
 

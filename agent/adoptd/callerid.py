@@ -15,11 +15,11 @@ import functools
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 from adoptd.connections import Testimony, Witnesses
 from adoptd.deadline import Deadline
-from adoptd.jobs import CgroupFinding, JobBackend
+from adoptd.jobs import CgroupFinding, CgroupVerdict, JobBackend
 from adoptd.metrics import Metrics, Refusal
 from adoptd.model import (
     AdoptdError,
@@ -185,7 +185,9 @@ class Inquiry:
         agreed = testimony.agreed_owner()
         if agreed is None:
             return None
-        found = [(owner, job) for owner in testimony.owners for job in self._job_of_one(owner)]
+        # Witnesses mostly name one cgroup, and what job it is takes longer to find out than all else here.
+        verdict_of = functools.lru_cache(maxsize=None)(self._jobs.job_of_cgroup)
+        found = [(owner, job) for owner in testimony.owners for job in self._job_of_one(owner, verdict_of)]
         if not found:
             return None
         owner, job = found[0]
@@ -194,10 +196,10 @@ class Inquiry:
             raise _Unsettled(Reason.DISAGREEMENT, f"witnesses name different jobs ({words})")
         return owner, job, job is not None and self._has_left(owner, job)
 
-    def _job_of_one(self, owner: Owner) -> Tuple[Optional[Job], ...]:
+    def _job_of_one(self, owner: Owner, verdict_of: Callable[[int], CgroupVerdict]) -> Tuple[Optional[Job], ...]:
         """The job (None: in no job) that this owner's evidence tells; empty if it does not tell."""
         if owner.cgroup_id is not None:
-            verdict = self._jobs.job_of_cgroup(owner.cgroup_id)
+            verdict = verdict_of(owner.cgroup_id)
             if verdict.finding is not CgroupFinding.CANNOT_TELL:
                 return (verdict.job,)
         if owner.pid is None or not self._still_that_process(owner):

@@ -1,8 +1,9 @@
 """The two commands: ``adoptd`` for the service and its node, ``adoptctl`` for people.
 
-Owns arguments, output and exit statuses: 0 done, 1 the answer is no or the thing failed, 2 the command
-line or the configuration is wrong. With ``--json`` one JSON document goes to standard output and
-nothing else.
+Owns arguments, output and exit statuses: 0 done, whatever whois or explain answered; 1 it failed, or the
+probe is not sound; 2 the command line or the configuration is wrong. doctor's is its worst finding's: 1 a
+warning, 2 a failure. With ``--json`` one JSON document goes to standard output and nothing else; what
+failed is said on standard error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from adoptd import __version__, config, doctor, probe
 from adoptd.client import AgentError, ask_agent
 from adoptd.config import DEFAULT_FILE
 from adoptd.model import AdoptdError, ConfigError, Endpoint, ProbeError
-from adoptd.pam_lines import PAM_DIRECTORY, adopt_lines, wrong_options
+from adoptd.pam_lines import MODULE, PAM_DIRECTORY, PamLine, adopt_lines, wrong_options
 from adoptd.wire.control import Command, Result
 
 EXIT_FAILED = 1
@@ -62,7 +63,7 @@ def adoptctl_main(arguments: Optional[Sequence[str]] = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     status = commands.add_parser("status", help="how the agent is")
-    status.set_defaults(carry_out=_ask(lambda given: Command("status", {}), _print_status))
+    status.set_defaults(carry_out=_ask(lambda given: Command("status", {}), _print_fields))
 
     jobs = commands.add_parser("jobs", help="the jobs on this node (root: everybody's)")
     jobs.set_defaults(carry_out=_ask(lambda given: Command("jobs", {}), _print_jobs))
@@ -125,6 +126,8 @@ def _probe(given: argparse.Namespace) -> int:
     source_dir = Path(section.source_dir) if section.source_dir else None
     if given.action == "unload":
         print(probe.unload(pin_dir), file=sys.stderr)
+        if given.json:
+            _print_json(dataclasses.asdict(probe.status(pin_dir, source_dir)))
         return 0
     if given.action == "load":
         print(probe.load(pin_dir, source_dir), file=sys.stderr)
@@ -216,7 +219,10 @@ def _explain_command(given: argparse.Namespace) -> Command:
 
 def _pam_options(given: argparse.Namespace) -> Sequence[str]:
     if given.option is not None:
-        return [str(option) for option in given.option]
+        typed = PamLine(Path("--option"), 1, "account", "required", MODULE, tuple(given.option))
+        for fault in wrong_options(typed):
+            raise ConfigError(f"--option: {fault}")
+        return typed.options
     try:
         lines = [line for line in adopt_lines("sshd") if line.kind == "account"]
     except OSError:
@@ -247,10 +253,6 @@ def _print_fields(result: Result, indent: str = "") -> None:
             _print_fields(value, indent + "  ")
         elif value not in (None, ""):
             print(f"{indent}{name + ':':24} {value}")
-
-
-def _print_status(result: Result) -> None:
-    _print_fields(result)
 
 
 def _print_jobs(result: Result) -> None:

@@ -160,9 +160,12 @@ class SealConfig:
 class JobsConfig:
     """[jobs]: where the jobs of this node are."""
 
-    backend: str = field(default="cgroup", metadata=_choice("cgroup"))
+    backend: str = field(default="auto", metadata=_choice("auto", "slurm", "cgroup"))
     path: str = field(default="/jobs/uid_{uid}/job_{job}", metadata=_job_path())
     leaf: str = field(default="", metadata=_leaf())
+    slurm_conf: str = field(default="", metadata=_path(optional=True))
+    slurm_node_name: str = field(default="", metadata=_node_name())
+    slurm_spool_dir: str = field(default="", metadata=_path(optional=True))
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,16 @@ def needs_restart(old: Config, new: Config) -> Tuple[str, ...]:
             if item.metadata["rule"].restart and getattr(before, item.name) != getattr(after, item.name)
         )
     return tuple(changed)
+
+
+def reloaded(old: Config, new: Config) -> Config:
+    """What a running agent has in force after a reload: ``new``, with the keys that need a restart as in ``old``."""
+    tables = {}
+    for table in _TABLES:
+        before, after = getattr(old, table), getattr(new, table)
+        kept = {i.name: getattr(before, i.name) for i in dataclasses.fields(before) if i.metadata["rule"].restart}
+        tables[table] = dataclasses.replace(after, **kept)
+    return Config(**tables)
 
 
 def _drop_ins(file: Path) -> List[Path]:

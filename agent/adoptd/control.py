@@ -30,6 +30,9 @@ COMMAND_MS = 5000.0
 
 SSH_PORT = 22
 
+# The agent imports this as it starts; a reload makes a new Control, and is no new start.
+_STARTED_S = time.monotonic()
+
 
 class CommandRefused(AdoptdError):
     """The command is not carried out; the text is for the caller."""
@@ -59,7 +62,6 @@ class Control:
         self._pending = pending
         self._watch = watch
         self._workers = workers
-        self._started = time.monotonic()
 
     async def execute(self, command: Command, caller_uid: int) -> Result:
         """The result of ``command``. Raises CommandRefused, or AdoptdError if it failed."""
@@ -81,7 +83,7 @@ class Control:
         return {
             "version": __version__,
             "node": self._config.agent.shown_name(),
-            "uptime_s": round(time.monotonic() - self._started, 1),
+            "uptime_s": round(time.monotonic() - _STARTED_S, 1),
             "jobs_backend": self._jobs.name,
             "seal": None if self._seals is None else self._seals.scheme,
             "witnesses": {witness.value: reason or "ok" for witness, reason in status.witnesses.items()},

@@ -15,9 +15,9 @@ from typing import Callable, Iterator, List, Optional
 
 from adoptd import config, probe
 from adoptd.client import AgentError, ask_agent
-from adoptd.config import Config
+from adoptd.config import AgentConfig, Config
 from adoptd.model import ConfigError
-from adoptd.pam_lines import PAM_DIRECTORY, adopt_lines, wrong_options
+from adoptd.pam_lines import MODULE, PAM_DIRECTORY, PamLine, adopt_lines, lines_of, wrong_options
 from adoptd.seal import SealError, open_seal
 from adoptd.wire.control import Command
 
@@ -51,6 +51,7 @@ def examine(file: Path, pam_directory: Path = PAM_DIRECTORY, service: str = "ssh
         )
         return findings
     findings.append(Finding("configuration", Grade.OK, f"{file} is right"))
+    findings.extend(_same_socket(settings, pam_directory, service))
     for check in _CHECKS:
         findings.extend(check(settings))
     return findings
@@ -58,10 +59,13 @@ def examine(file: Path, pam_directory: Path = PAM_DIRECTORY, service: str = "ssh
 
 def _pam(directory: Path, service: str) -> Iterator[Finding]:
     try:
-        lines = adopt_lines(service, directory)
+        stack = lines_of(service, directory)
     except (OSError, UnicodeError) as error:
-        yield Finding("pam", Grade.FAILURE, f"{directory / service} cannot be read: {error}", "")
+        yield Finding(
+            "pam", Grade.FAILURE, f"{directory / service} cannot be read: {error}", "libpam refuses such a stack too"
+        )
         return
+    lines = [line for line in stack if line.loads(MODULE)]
     kinds = {line.kind for line in lines}
     if "account" not in kinds:
         yield Finding(
@@ -82,7 +86,36 @@ def _pam(directory: Path, service: str) -> Iterator[Finding]:
         for fault in faults:
             yield Finding("pam", Grade.FAILURE, f"{line}: {fault}", "until it is right, only root can log in")
         if not faults:
-            yield Finding("pam", Grade.OK, f"{line}: {line.kind} {line.control} {' '.join(line.options)}".rstrip())
+            yield _placed(line, stack)
+
+
+def _placed(line: PamLine, stack: List[PamLine]) -> Finding:
+    """Whether a line whose words are right is also where it can do its work."""
+    if line.kind == "account" and line.control in ("optional", "sufficient"):
+        seen = f"{line}: the control is {line.control}, so nobody is refused by it"
+        return Finding("pam", Grade.WARNING, seen, "make it: account required pam_adopt.so ...")
+    for later in stack[stack.index(line) :] if line.kind == "session" else ():
+        if later.kind == "session" and later.loads("pam_systemd.so"):
+            seen = f"{line}: pam_systemd.so comes after it ({later}) and takes the session out of its job again"
+            return Finding("pam", Grade.WARNING, seen, "move the session line of pam_adopt.so to the end")
+    return Finding("pam", Grade.OK, f"{line}: {line.kind} {line.control} {' '.join(line.options)}".rstrip())
+
+
+def _same_socket(settings: Config, directory: Path, service: str) -> Iterator[Finding]:
+    try:
+        lines = adopt_lines(service, directory)
+    except (OSError, UnicodeError):
+        return  # said by _pam
+    for line in lines:
+        given = [word.partition("=")[2] for word in line.options if word.startswith("socket=")]
+        asked = given[-1] if given else AgentConfig().pam_socket
+        if asked != settings.agent.pam_socket:
+            yield Finding(
+                "pam",
+                Grade.FAILURE,
+                f"{line}: asks at {asked}, the agent answers at {settings.agent.pam_socket}",
+                f"put socket={settings.agent.pam_socket} on that line, or change [agent] pam_socket",
+            )
 
 
 def _agent(settings: Config) -> Iterator[Finding]:
@@ -117,9 +150,12 @@ def _pam_socket(settings: Config) -> Iterator[Finding]:
 
 
 def _seal(settings: Config) -> Iterator[Finding]:
+    if os.geteuid() != 0:
+        yield Finding("seal", Grade.WARNING, "only root can try it", "sudo adoptd doctor")
+        return
     section = settings.seal
     try:
-        seal = open_seal(section.scheme, Path(section.key_file), section.munge_socket or None, section.ttl_s)
+        seal = open_seal(section.scheme, Path(section.key_file), section.munge_socket, section.ttl_s)
         try:
             opened = seal.open(seal.seal(b"doctor", os.geteuid()))
         finally:

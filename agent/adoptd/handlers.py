@@ -17,6 +17,7 @@ from adoptd.adoption import Adoptions, Decision
 from adoptd.callerid import Refused, Responder
 from adoptd.control import Control
 from adoptd.deadline import Deadline
+from adoptd.jobs import JobSession
 from adoptd.metrics import Metrics, Refusal
 from adoptd.model import AdoptdError, AdoptionFailed, ProtocolError
 from adoptd.process import open_peer
@@ -72,10 +73,13 @@ class Handlers:
             raise Refused(Refusal.PROCESS_GONE, str(error)) from None
         with process:
             async with self._logins:
-                reply, decision = await self._desk().adoptions.serve(request, process, deadline)
+                adoptions = self._desk().adoptions.at(request.nodename)
+                reply, decision = await adoptions.serve(request, process, deadline)
+            session = JobSession({}) if decision.session is None else decision.session
             try:
-                await conversation.send(encode_reply(reply))
+                await conversation.send(encode_reply(reply, len(session.descriptors)), session.descriptors)
             finally:
+                session.close()
                 # What was done is said also where the asker has gone meanwhile.
                 seconds = time.monotonic() - started
                 self._metrics.adoption_seconds.labels(request.phase.name.lower()).observe(seconds)

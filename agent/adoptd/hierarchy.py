@@ -147,11 +147,11 @@ def parse_mounts(mountinfo: str, own_cgroups: str) -> List[Hierarchy]:
     for line in mountinfo.split("\n"):
         before, separator, after = line.partition(" - ")
         fields, source = before.split(" "), after.split(" ")
-        if not separator or len(fields) < 6 or len(source) < 3 or _unescape(fields[3]) != "/":
+        if not separator or len(fields) < 6 or len(source) < 3 or unescape(fields[3]) != "/":
             continue
         major, _, minor = fields[2].partition(":")
         device = os.makedev(int(major), int(minor))
-        mount_point = _unescape(fields[4])
+        mount_point = unescape(fields[4])
         if source[0] == "cgroup2":
             mounts.append(Hierarchy(HierarchyKind.V2, 0, (), mount_point, device))
         elif source[0] == "cgroup":
@@ -250,7 +250,8 @@ def _cgroup_lines(text: str) -> List[Tuple[int, Tuple[str, ...], str]]:
     return lines
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """A field of mountinfo as the path it stands for."""
     # fs/proc_namespace.c writes space, tab, newline, backslash and "#" as three octal digits, other bytes as they are.
     return _OCTAL.sub(lambda match: chr(int(match.group(1), 8)), text)
 

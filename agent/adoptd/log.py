@@ -7,6 +7,7 @@ here and nowhere else, so a user name or a peer cannot forge a line.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Union
 
@@ -37,6 +38,18 @@ def configure(level: str, for_journal: bool) -> None:
     _LOGGER.handlers[:] = [handler]
     _LOGGER.propagate = False
     _LOGGER.setLevel(level.upper())
+
+
+def is_journal() -> bool:
+    """Whether standard error is the journal, by device and inode number as systemd.exec(5) says.
+
+    The variable alone says little: whatever a service starts inherits it, a shell among them.
+    """
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def debug(event: str, **fields: Field) -> None:

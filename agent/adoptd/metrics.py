@@ -48,7 +48,7 @@ class Refusal(enum.Enum):
     INTERNAL = "internal"
 
 
-# From the 50 us of a lookup to the 1 s that a whole login may take; the peer's 2 s timeout shows as +Inf.
+# From an answer without MUNGE to the 1 s that a whole login may take by default; what takes longer shows as +Inf.
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -182,7 +182,10 @@ class Metrics:
     def serve(self, address: str, port: int) -> None:
         """Serve /metrics from a thread of prometheus-client's. Raises OSError if the port cannot be had."""
         # 0.16 returns None, later releases the server and its thread; either way it ends with the process.
-        start_http_server(port, addr=address, registry=self.registry)
+        try:
+            start_http_server(port, addr=address, registry=self.registry)
+        except OSError as error:
+            raise OSError(error.errno, f"/metrics on {address} port {port}: {error.strerror}") from None
 
 
 class _ProbeEvents(Collector):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from typing import Optional, Tuple, Union
 
@@ -20,6 +21,15 @@ IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 UID_MAX = 0xFFFFFFFE
 # PID_MAX_LIMIT on 64-bit kernels, include/linux/threads.h.
 PID_MAX = 4 * 1024 * 1024
+# Longest job id: the PAM record's job field is 64 bytes with its NUL.
+JOB_ID_MAX = 63
+# The first character keeps ".", ".." and what looks like an option out.
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
+
+def is_job_id(text: str) -> bool:
+    """Whether ``text`` can be a job id, here and on the wire: [A-Za-z0-9][A-Za-z0-9_.-]{0,62}."""
+    return _JOB_ID.fullmatch(text) is not None
 
 
 class AdoptdError(Exception):

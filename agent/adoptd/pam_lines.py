@@ -14,8 +14,8 @@ from typing import Callable, Iterator, List, Mapping, Optional, Tuple
 MODULE = "pam_adopt.so"
 PAM_DIRECTORY = Path("/etc/pam.d")
 
-# Includes nest two or three deep; libpam gives up at 32 (PAM_SUBSTACK_MAX_LEVEL, libpam 1.3).
-_INCLUDE_DEPTH_MAX = 32
+# The stacks the module does something in; in any other it lets nobody in but root, or is an error to libpam.
+KINDS = ("account", "session")
 
 _LEVELS = ("quiet", "fatal", "error", "info", "verbose", "debug", "debug2", "debug3", "debug4", "debug5")
 
@@ -69,10 +69,16 @@ class PamLine:
     def __str__(self) -> str:
         return f"{self.file}:{self.number}"
 
+    def loads(self, module: str) -> bool:
+        """Whether this line is about ``module``, by name or by path."""
+        return self.module.rpartition("/")[2] == module
+
 
 def wrong_options(line: PamLine) -> List[str]:
     """What the module will refuse in ``line``, one sentence each; empty if it is right."""
     faults: List[str] = []
+    if line.kind not in KINDS:
+        faults.append(f"{MODULE} belongs in the account and session stacks, not in {line.kind}")
     for word in line.options:
         name, equals, value = word.partition("=")
         if not equals or name not in OPTIONS:
@@ -84,23 +90,30 @@ def wrong_options(line: PamLine) -> List[str]:
 
 def adopt_lines(service: str, directory: Path = PAM_DIRECTORY) -> List[PamLine]:
     """The lines of ``service`` that load the module, includes followed, in order. Raises OSError."""
-    return [line for line in _stack(directory / service, None, 0) if line.module.rpartition("/")[2] == MODULE]
+    return [line for line in lines_of(service, directory) if line.loads(MODULE)]
 
 
-def _stack(file: Path, kind: Optional[str], depth: int) -> Iterator[PamLine]:
-    if depth > _INCLUDE_DEPTH_MAX:
+def lines_of(service: str, directory: Path = PAM_DIRECTORY) -> List[PamLine]:
+    """Every line of ``service``, includes followed, in order. Raises OSError."""
+    return list(_stack(directory / service, None, ()))
+
+
+def _stack(file: Path, kind: Optional[str], above: Tuple[Path, ...]) -> Iterator[PamLine]:
+    # One that includes itself is no stack to libpam either (PAM_SUBSTACK_MAX_LEVEL); what comes before is shown.
+    if file in above:
         return
+    above = (*above, file)
     text = file.read_text("utf-8", "backslashreplace").replace("\\\n", " ")
     for number, raw in enumerate(text.split("\n"), 1):
         words = _split(raw.partition("#")[0])
         if words[:1] == ["@include"] and len(words) == 2:
-            yield from _stack(file.parent / words[1], kind, depth + 1)
+            yield from _stack(file.parent / words[1], kind, above)
         elif len(words) >= 3:
             found = words[0].lstrip("-").lower()
             if kind is not None and found != kind:
                 continue
             if words[1] in ("include", "substack"):
-                yield from _stack(file.parent / words[2], found, depth + 1)
+                yield from _stack(file.parent / words[2], found, above)
             else:
                 yield PamLine(file, number, found, words[1], words[2], tuple(words[3:]))
 

@@ -30,8 +30,8 @@ PEER_READ_S = 1.0
 SEND_S = 1.0
 
 # How many may be connected at once, and how many from one caller (a user id, a peer's address). A login
-# takes about 2 ms here, so 1024 are a queue of two seconds, twice a login's budget; a peer asks once per
-# login; a person types one command at a time.
+# takes 5 to 20 ms here, sixteen at a time, so 1024 are a queue of about a second, a login's budget; a peer asks
+# once per login; a person types one command at a time.
 PAM_MAX = 1024
 PEER_MAX = 1024
 PEER_MAX_PER_ADDRESS = 256
@@ -58,6 +58,10 @@ class Caller:
         return cls(pid, uid)
 
 
+class PeerGone(OSError):
+    """The other end of a connection is not there any more: no fault of ours, unlike any other OSError."""
+
+
 class Conversation:
     """One accepted connection, for the handler: bounded reading, and the end of the waiting time."""
 
@@ -68,10 +72,13 @@ class Conversation:
         self._loop = asyncio.get_running_loop()
 
     async def read_exactly(self, count: int) -> bytes:
-        """``count`` bytes. Raises Refused (truncated) if the peer closes before it has sent them."""
+        """``count`` bytes. Raises Refused (truncated) if the peer closes before it has sent them, or PeerGone."""
         data = bytearray()
         while len(data) < count:
-            chunk = await self._loop.sock_recv(self.sock, count - len(data))
+            try:
+                chunk = await self._loop.sock_recv(self.sock, count - len(data))
+            except OSError as error:
+                raise PeerGone(error.errno, error.strerror) from None
             if not chunk:
                 raise Refused(Refusal.TRUNCATED, f"closed after {len(data)} of {count} bytes")
             data += chunk
@@ -90,12 +97,19 @@ class Conversation:
         """The message is complete: the connection is no longer one that may be dropped for its silence."""
         self._heard()
 
-    async def send(self, data: bytes) -> None:
-        """All of ``data``. Raises OSError if the peer is gone, Refused (slow) if it does not read."""
+    async def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        """All of ``data``, with copies of ``descriptors`` at its first byte (unix sockets only).
+
+        Raises PeerGone, or Refused (slow) if the peer does not read.
+        """
         try:
-            await asyncio.wait_for(self._loop.sock_sendall(self.sock, data), SEND_S)
+            # A new connection's buffer is empty, so what brings the descriptors goes at once.
+            sent = socket.send_fds(self.sock, [data], list(descriptors)) if descriptors else 0
+            await asyncio.wait_for(self._loop.sock_sendall(self.sock, data[sent:]), SEND_S)
         except asyncio.TimeoutError:
             raise Refused(Refusal.SLOW, f"did not read its reply within {SEND_S:g} s") from None
+        except OSError as error:
+            raise PeerGone(error.errno, error.strerror) from None
 
 
 Handler = Callable[[Conversation], Awaitable[None]]
@@ -200,7 +214,7 @@ class Doorkeeper:
             await self._handler(Conversation(sock, key, heard))
         except Refused as error:
             self._refused(error.reason, key, str(error))
-        except OSError as error:
+        except PeerGone as error:
             log.debug("peer_gone", socket=self._door.value, peer=key, error=error.strerror)
         except AdoptdError as error:
             self._refused(Refusal.INTERNAL, key, str(error))
@@ -247,6 +261,8 @@ def bind_unix(path: str, mode: int) -> socket.socket:
         umask = os.umask(0)
         try:
             sock.bind(path)
+        except OSError as error:
+            raise OSError(error.errno, f"{path}: {error.strerror}") from None
         finally:
             os.umask(umask)
         sock.listen(_BACKLOG)
@@ -269,8 +285,11 @@ def bind_tcp(addresses: Sequence[str], port: int) -> List[socket.socket]:
             if family == socket.AF_INET6:
                 # One socket per address as configured, whatever net.ipv6.bindv6only says.
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((address, port))
-            sock.listen(_BACKLOG)
+            try:
+                sock.bind((address, port))
+                sock.listen(_BACKLOG)
+            except OSError as error:
+                raise OSError(error.errno, f"{address} port {port}: {error.strerror}") from None
             sock.setblocking(False)
         undo.pop_all()
     return sockets

@@ -12,19 +12,22 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import List, Optional
+from typing import Awaitable, List, Optional
 
 from adoptd import __version__, config, log
 from adoptd.adoption import Adoptions
 from adoptd.callerid import Asker, Inquiry, Responder, SealRoom
 from adoptd.config import Config
 from adoptd.control import Control
+from adoptd.deadline import Deadline
 from adoptd.handlers import Desk, Handlers
 from adoptd.jobs import JobBackend
 from adoptd.jobs.cgroup import CgroupJobs
+from adoptd.jobs.slurm import SlurmJobs
+from adoptd.jobs.slurm_conf import SlurmConf, SlurmOverrides
 from adoptd.jobs.template import JobPath
 from adoptd.metrics import Door, Metrics
-from adoptd.model import AdoptdError, ConfigError
+from adoptd.model import AdoptdError, ConfigError, JobManagerError
 from adoptd.notify import notify, watchdog_interval_s
 from adoptd.seal import Seal, SealError, open_seal
 from adoptd.seal.replay import ReplayCache
@@ -42,10 +45,18 @@ from adoptd.server import (
 )
 from adoptd.sessions import PendingLogins
 from adoptd.watch import Watch
-from adoptd.workers import Workers
+from adoptd.workers import OutOfTime, Overloaded, Workers
 
 # A login's whole budget, and some: what is in flight at SIGTERM ends by itself within it.
 _FINISH_S = 2.0
+
+# How often to look again for something to seal with where there was nothing: munged may start after us.
+_SEAL_RETRY_S = 10.0
+# libmunge takes 10 s to find out that munged is stopped (MungeSeal).
+_SEAL_MS = 15_000.0
+
+# Twice what a first look at a full node's steps takes.
+_FIRST_JOBS_MS = 2_000.0
 
 # Questions answered in 20 s (twice the seal's life) at four times the highest measured rate.
 _REPLAYS = 65_536
@@ -64,11 +75,15 @@ class Service:
         self._job_workers = Workers("jobs", threads=16, backlog=PAM_MAX + PEER_MAX)
         self._seal_workers = Workers("seal", threads=8, backlog=PEER_MAX)
         self._slow_workers = Workers("slow", threads=2, backlog=USER_MAX)
+        # For the agent's own needs, apart: users' commands, which may wait for a name service, must not hold up the
+        # self-test and so take the probe away.
+        self._own_workers = Workers("own", threads=2, backlog=4)
         self._pending = PendingLogins(time.monotonic)
         self._replays = ReplayCache(_REPLAYS, time.time)
         self._watch: Optional[Watch] = None
         self._seal: Optional[Seal] = None
         self._desk: Optional[Desk] = None
+        self._jobs: Optional[JobBackend] = None
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises AdoptdError or OSError if the start fails."""
@@ -80,21 +95,30 @@ class Service:
         asyncio.run(self._main())
 
     async def _main(self) -> None:
-        log.configure(self._config.agent.log_level, "JOURNAL_STREAM" in os.environ)
+        log.configure(self._config.agent.log_level, log.is_journal())
         _come_before_sessions()
         loop = asyncio.get_running_loop()
-        stop = asyncio.Event()
+        stop, reload = asyncio.Event(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
-        self._watch = Watch(self._config.probe, self._metrics, self._slow_workers)
+        loop.add_signal_handler(signal.SIGHUP, reload.set)
+        watch = self._watch = Watch(self._config.probe, self._metrics, self._own_workers)
         self._seal = _open_seal(self._config)
-        self._desk = self._make_desk(self._config, self._seal, self._watch)
+        self._desk = self._make_desk(self._config, self._seal, watch)
         doors = self._open_doors()
-        await self._watch.start()
+        await watch.start()
+        await self._ask_for_jobs()
         notify("READY=1", f"STATUS=serving on {self._config.agent.pam_socket}")
-        log.info("ready", version=__version__, node=self._config.agent.shown_name(), backend=self._config.jobs.backend)
-        background = [asyncio.create_task(self._watch.run()), asyncio.create_task(_feed_watchdog())]
+        log.info("ready", version=__version__, node=self._config.agent.shown_name())
+        background = [
+            asyncio.create_task(_kept_up(what, work))
+            for what, work in (
+                ("watch", watch.run()),
+                ("watchdog", _feed_watchdog()),
+                ("reload", self._reload_when(reload, watch)),
+                ("seal", self._seek_seal(watch)),
+            )
+        ]
         try:
             await stop.wait()
         finally:
@@ -107,7 +131,7 @@ class Service:
             self._close()
 
     def _make_desk(self, settings: Config, seal: Optional[Seal], watch: Watch) -> Desk:
-        jobs = _make_backend(settings)
+        jobs = self._jobs = _make_backend(settings)
         inquiry = Inquiry(watch.witnesses, jobs, self._job_workers)
         seals = None if seal is None else SealRoom(seal, self._seal_workers)
         asker, responder = None, None
@@ -118,11 +142,24 @@ class Service:
         control = Control(settings, jobs, seals, inquiry, asker, adoptions, self._pending, watch, self._slow_workers)
         return Desk(adoptions, responder, control, settings.callerid.timeout_ms)
 
+    async def _ask_for_jobs(self) -> None:
+        """Ask the job manager once before anybody logs in: the administrator sees at once if it cannot be asked,
+        and a step of Slurm's that hangs later has been heard before."""
+        jobs, deadline = self._jobs, Deadline.after_ms(_FIRST_JOBS_MS)
+        if jobs is None:
+            return
+        try:
+            found = await self._own_workers.run(lambda: jobs.all_jobs(deadline), deadline)
+        except (JobManagerError, OutOfTime, Overloaded) as error:
+            log.error("jobs_unavailable", backend=jobs.name, error=str(error), effect="action_generic_failure")
+        else:
+            log.info("jobs_found", backend=jobs.name, jobs=len(found))
+
     def _open_doors(self) -> List[Doorkeeper]:
         settings = self._config
         handlers = Handlers(self._current_desk, self._metrics)
         for path in (settings.agent.pam_socket, settings.agent.user_socket):
-            Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _make_directory(Path(path).parent)
         pam = bind_unix(settings.agent.pam_socket, 0o600)
         user = bind_unix(settings.agent.user_socket, 0o666)
         doors = [
@@ -145,28 +182,50 @@ class Service:
             raise AdoptdError("the agent is not started yet")
         return self._desk
 
-    def _reload(self) -> None:
-        """Take over a changed configuration, whole or not at all."""
-        notify("RELOADING=1")
+    async def _reload_when(self, asked: asyncio.Event, watch: Watch) -> None:
+        while True:
+            await asked.wait()
+            asked.clear()
+            # The time is for Type=notify-reload (sd_notify(3)).
+            notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            await self._reload(watch)
+            notify("READY=1")
+
+    async def _reload(self, watch: Watch) -> None:
+        """Take over a changed configuration, whole or not at all, but for what needs a restart."""
         try:
-            fresh = config.load(self._file)
-            seal = _open_seal(fresh)
-            if self._watch is None:
-                raise ConfigError("the agent is not started yet")
-            self._desk = self._make_desk(fresh, seal, self._watch)
+            read = config.load(self._file)
+            fresh = config.reloaded(self._config, read)
+            # In a thread: where munged hangs this takes seconds, and the agent is serving.
+            seal = await self._own_workers.run(lambda: _open_seal(fresh), Deadline.after_ms(_SEAL_MS))
+            self._desk = self._make_desk(fresh, seal, watch)
         except (AdoptdError, OSError) as error:
             self._metrics.config_reload_ok.set(0)
             log.error("reload_failed", error=str(error), effect="the configuration before is still in force")
         else:
-            restart = config.needs_restart(self._config, fresh)
+            restart = config.needs_restart(fresh, read)
             if restart:
                 log.warning("reload_incomplete", needs_restart=", ".join(restart))
             # Requests under way still use the seal before; it is closed when the last of them lets go of it.
             self._seal, self._config = seal, fresh
-            log.configure(fresh.agent.log_level, "JOURNAL_STREAM" in os.environ)
+            log.configure(fresh.agent.log_level, log.is_journal())
             self._metrics.config_reload_ok.set(1)
             log.info("reloaded", file=str(self._file))
-        notify("READY=1")
+
+    async def _seek_seal(self, watch: Watch) -> None:
+        """Look again for a seal while there is none (scheme auto): munged or the key file may come after us."""
+        while True:
+            await asyncio.sleep(_SEAL_RETRY_S)
+            settings = self._config
+            if self._seal is not None:
+                continue
+            try:
+                seal = await self._own_workers.run(lambda: _seal_of(settings), Deadline.after_ms(_SEAL_MS))  # noqa: B023
+            except (SealError, OutOfTime, Overloaded):
+                continue
+            if self._seal is None and self._config is settings:
+                self._desk, self._seal = self._make_desk(settings, seal, watch), seal
+                log.info("seal_found", scheme=seal.scheme)
 
     def _close(self) -> None:
         for path in (self._config.agent.pam_socket, self._config.agent.user_socket):
@@ -176,24 +235,49 @@ class Service:
             self._watch.close()
         if self._seal is not None:
             self._seal.close()
-        for workers in (self._job_workers, self._seal_workers, self._slow_workers):
+        for workers in (self._job_workers, self._seal_workers, self._slow_workers, self._own_workers):
             workers.close()
 
 
 def _make_backend(settings: Config) -> JobBackend:
-    return CgroupJobs(JobPath.parse_template(settings.jobs.path), settings.jobs.leaf)
+    section = settings.jobs
+    conf = SlurmConf(SlurmOverrides(section.slurm_conf, section.slurm_node_name, section.slurm_spool_dir))
+    if section.backend == "slurm" or (section.backend == "auto" and conf.is_there()):
+        return SlurmJobs(conf)
+    return CgroupJobs(JobPath.parse_template(section.path), section.leaf)
 
 
 def _open_seal(settings: Config) -> Optional[Seal]:
     """The seal, or None if there is none to be had and none was named: the node then asks nobody."""
-    section = settings.seal
     try:
-        return open_seal(section.scheme, Path(section.key_file), section.munge_socket or None, section.ttl_s)
+        return _seal_of(settings)
     except SealError as error:
-        if section.scheme != "auto":
-            raise ConfigError(f"[seal] scheme {section.scheme!r}: {error}") from None
+        if settings.seal.scheme != "auto":
+            raise ConfigError(f"[seal] scheme {settings.seal.scheme!r}: {error}") from None
         log.error("seal_unavailable", error=str(error), effect="other nodes are not asked and not answered")
         return None
+
+
+def _seal_of(settings: Config) -> Seal:
+    section = settings.seal
+    return open_seal(section.scheme, Path(section.key_file), section.munge_socket, section.ttl_s)
+
+
+def _make_directory(directory: Path) -> None:
+    """Make the directory of a socket, open to all: the umask of whoever starts the agent is about other things."""
+    umask = os.umask(0o022)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    finally:
+        os.umask(umask)
+
+
+async def _kept_up(what: str, work: Awaitable[None]) -> None:
+    """``work``, which ends with the agent only: a defect in it is seen at once, not when the agent stops."""
+    try:
+        await work
+    except Exception as error:
+        log.error("background_task_failed", task=what, error=f"{type(error).__name__}: {error}")
 
 
 def _come_before_sessions() -> None:

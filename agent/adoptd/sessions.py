@@ -16,7 +16,7 @@ from adoptd.model import Connection, Job, Witness
 from adoptd.policy import Situation, Step
 
 # sshd gives a login 120 s (LoginGraceTime) between its connection and its session; sites raise it for
-# slow second factors. Ten minutes covers them, and an entry is some 300 bytes.
+# slow second factors. Ten minutes covers them, and an entry is about 1 KiB.
 KEEP_S = 600.0
 CAPACITY = 4096
 

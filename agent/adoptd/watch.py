@@ -25,8 +25,8 @@ from adoptd.model import Connection, Owner, ProbeError, Witness, WitnessUnavaila
 from adoptd.probe.pins import OpenProbe, open_probe
 from adoptd.workers import OutOfTime, Overloaded, Workers
 
-# The loader's own limit is what counts; this one only keeps a stuck loader from holding the watch for ever.
-LOAD_MS = 60_000.0
+# The loader's own limit of 60 s is what counts; this one only keeps a stuck loader from holding the watch for ever.
+LOAD_MS = 90_000.0
 SELF_TEST_MS = 5_000.0
 
 
@@ -133,9 +133,7 @@ class Watch:
 
     def _open_or_load(self) -> OpenProbe:
         try:
-            found = open_probe(self._pin_dir, self._source_dir)
-            probe.self_test(found)
-            return found
+            return _tested(open_probe(self._pin_dir, self._source_dir))
         except ProbeError:
             # Not there, of another release, or attached to nothing any more: the loader puts all of that right.
             probe.load(self._pin_dir, self._source_dir)
@@ -145,8 +143,10 @@ class Watch:
         try:
             await self._workers.run(lambda: probe.self_test(opened), Deadline.after_ms(SELF_TEST_MS))
         except (ProbeError, OutOfTime, Overloaded) as error:
+            self._metrics.show_self_test(False)
             self._lose(f"self-test failed: {error}", self_test=str(error))
             return False
+        self._metrics.show_self_test(True)
         self._bpf.use(BpfWitness(opened))
         self._status = replace(
             self._status,
@@ -177,5 +177,14 @@ class Watch:
         status = self._status
         self._metrics.show_witnesses({name: reason is None for name, reason in status.witnesses.items()})
         self._metrics.probe_attached.set(int(status.probe_attached))
-        if status.self_test is not None:
-            self._metrics.show_self_test(status.self_test == "ok")
+
+
+def _tested(found: OpenProbe) -> OpenProbe:
+    """``found``, which passed a self-test. Raises ProbeError; then it is closed."""
+    try:
+        probe.self_test(found)
+    except BaseException:
+        # This is tried again each interval, for as long as the agent runs.
+        found.close()
+        raise
+    return found

@@ -62,8 +62,8 @@ class Workers:
             raise OutOfTime(f"{self._name}: no result within the deadline") from None
 
     def close(self) -> None:
-        """Take no more calls. Threads that are stuck are not waited for."""
-        self._executor.shutdown(wait=False)
+        """Take no more calls, and begin none that waits. Not waited for here, but by the interpreter at its exit."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _finished(self, _: object) -> None:
         with self._lock:

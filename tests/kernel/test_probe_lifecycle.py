@@ -65,7 +65,7 @@ def test_a_missing_probe_is_said_to_be_missing(pin_dir: Path) -> None:
     with pytest.raises(probe.MissingProbe, match="not loaded"):
         probe.open_probe(pin_dir)
     status = probe.status(pin_dir)
-    assert (status.loaded, status.pinned, status.healthy) == (False, (), False)
+    assert (status.loaded, status.pinned, status.problem is None) == (False, (), False)
 
 
 def test_a_directory_that_is_not_on_bpffs_is_refused(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_probe_of_other_sources_is_refused(pin_dir: Path, other_sources: Path)
     probe.load(pin_dir, other_sources)
     with pytest.raises(ProbeError, match=r"has a probe of schema .*expected"):
         probe.open_probe(pin_dir)
-    assert "has a probe of schema" in probe.status(pin_dir).text
+    assert "has a probe of schema" in str(probe.status(pin_dir).problem)
 
 
 def test_a_detached_probe_fails_open_and_self_test(pin_dir: Path) -> None:
@@ -249,7 +249,7 @@ def test_racing_loaders_make_one_probe(pin_dir: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(words.split(",")[0] for words in said) == ["already loaded", "already loaded", "loaded"]
-    assert probe.status(pin_dir).healthy
+    assert probe.status(pin_dir).problem is None
 
 
 def test_what_a_killed_loader_left_is_swept(pin_dir: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_process_is_adopted_and_ends_with_its_job(
         listed = cluster.run(["scontrol", "listpids", str(ids[0]), cluster.host])
         rows = [line.split() for line in listed.splitlines()]
         assert [row[2] for row in rows if row[0] == str(child.pid)] == ["extern"]
-        assert jobs.session_environment(job) == {"SLURM_JOB_ID": str(ids[0])}
+        assert jobs.session(job, False, False, Deadline.after_ms(1000)).environment == {"SLURM_JOB_ID": str(ids[0])}
         cluster.cancel(ids[0])
         began = time.monotonic()
         assert child.wait(30) == -signal.SIGKILL

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import struct
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Awaitable, Callable, Dict, List, Mapping, Optional, Sequence,
 from adoptd.callerid import Asker, Told
 from adoptd.connections import ConnectionWitness
 from adoptd.deadline import Deadline
-from adoptd.jobs import CgroupFinding, CgroupVerdict, JobBackend
+from adoptd.jobs import CgroupFinding, CgroupVerdict, JobBackend, JobSession
 from adoptd.metrics import Metrics
 from adoptd.model import AdoptionFailed, Connection, Endpoint, IPAddress, Job, JobManagerError, Owner, Witness
 from adoptd.process import ProcessHandle
@@ -71,6 +72,9 @@ class FakeBackend:
         self.of_process: Dict[int, Union[Job, Exception]] = {}
         self.of_cgroup: Dict[int, CgroupVerdict] = {}
         self.environment: Dict[str, str] = {"SLURM_JOB_ID": "{job}"}
+        self.display: Optional[str] = None
+        self.namespaces: Optional[Sequence[str]] = ()
+        self.nodes: Dict[str, FakeBackend] = {}
 
     def _answering(self, deadline: Optional[Deadline] = None) -> None:
         if self.hang is not None:
@@ -111,8 +115,17 @@ class FakeBackend:
         self._answering()
         return self.of_process.get(pid) == job
 
-    def session_environment(self, job: Job) -> Mapping[str, str]:
-        return {name: value.format(job=job.id) for name, value in self.environment.items()}
+    def session(self, job: Job, x11: bool, namespaces: bool, deadline: Deadline) -> JobSession:
+        if namespaces and self.namespaces is None:
+            raise JobManagerError("the namespaces cannot be had")
+        environment = {name: value.format(job=job.id) for name, value in self.environment.items()}
+        if x11 and self.display is not None:
+            environment["DISPLAY"] = self.display
+        opened = [os.open(path, os.O_RDONLY) for path in (self.namespaces or ())] if namespaces else []
+        return JobSession(environment, opened)
+
+    def for_node(self, node_name: str) -> FakeBackend:
+        return self.nodes[node_name] if node_name else self
 
 
 class FakeWitness:

@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from fakes import ALICE, BOB, FakeAsker, FakeBackend, connection, job, sample, soon
@@ -16,7 +16,7 @@ from adoptd.adoption import Adoptions, Decision, Login
 from adoptd.callerid import Asker, AskFault, Told
 from adoptd.deadline import Deadline
 from adoptd.metrics import Metrics
-from adoptd.model import Connection, Job, JobManagerError, Witness
+from adoptd.model import Connection, Job, Witness
 from adoptd.policy import Action, Options, Situation, Step
 from adoptd.process import ProcessHandle, open_process
 from adoptd.sessions import PendingLogins
@@ -525,17 +525,36 @@ def test_every_label_is_of_a_closed_set() -> None:
     assert total == served == 144
 
 
-def test_a_session_without_its_environment_is_still_in_its_job() -> None:
-    """Variables that cannot be had are no reason to say that the adoption failed."""
-
-    class Mute(FakeBackend):
-        def session_environment(self, job: Job) -> Mapping[str, str]:
-            raise JobManagerError("no environment")
-
+def test_a_session_that_cannot_enter_its_jobs_namespaces_is_not_adopted() -> None:
+    """Outside the job's namespaces a session is not in its job; the account phase enters none and does not ask."""
     node = Node(OLD)
-    node.adoptions = Adoptions("n1", Mute(OLD), None, node.pending, node.workers, node.metrics)
-    served = node.account()
-    assert (served.verdict, served.reply.adopted, served.reply.environment) == (Verdict.SUCCESS, True, {})
+    node.backend.namespaces = None
+    assert node.account().reply.adopted
+    served = node.session()
+    assert (served.reply.adopted, served.decision.situation) == (False, Situation.ADOPT_FAILURE)
+
+
+def test_what_a_session_is_given() -> None:
+    """The job's display in both phases; its namespaces in the session phase, closed with the decision."""
+    node = Node(OLD)
+    node.backend.display, node.backend.namespaces = "localhost:11.0", ["/proc/self/ns/net"]
+    account, session = node.account(), node.session()
+    assert account.reply.environment["DISPLAY"] == session.reply.environment["DISPLAY"] == "localhost:11.0"
+    assert account.decision.session is not None
+    assert session.decision.session is not None
+    assert account.decision.session.descriptors == ()
+    (descriptor,) = session.decision.session.descriptors
+    session.decision.session.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_nodename_chooses_the_node() -> None:
+    """PAM's nodename= asks the jobs of that node, and of no other."""
+    node = Node(OLD)
+    node.backend.nodes["other"] = FakeBackend()
+    node.adoptions = node.adoptions.at("other")
+    assert node.account().verdict is Verdict.DENY
 
 
 def test_the_handle_names_the_caller() -> None:

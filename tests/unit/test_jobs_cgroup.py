@@ -441,7 +441,7 @@ def test_jobs_are_found_in_every_layout(tmp_path: Path, layout: Sequence[str], t
     assert job.created == inodes[0]
     host.process(7, {layout[-1]: "/" + path + "/below"})
     assert jobs.job_of_process(7) == job
-    assert jobs.session_environment(job) == {"ADOPTD_JOB_ID": "6"}
+    assert jobs.session(job, False, False, Deadline.after_ms(1000)).environment == {"ADOPTD_JOB_ID": "6"}
 
 
 def test_newest_is_by_inode_in_the_shared_hierarchy(tmp_path: Path) -> None:

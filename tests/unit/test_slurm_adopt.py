@@ -267,7 +267,7 @@ def test_adoption(scene: Scene, process: ProcessHandle, release: Release) -> Non
         scene.jobs.adopt(process, job, soon())
         assert adopted_in(scene, process) == ["5"]
     assert step.asked.count(ADD) == 1
-    assert scene.jobs.session_environment(job) == {"SLURM_JOB_ID": "5"}
+    assert scene.jobs.session(job, False, False, soon()).environment == {"SLURM_JOB_ID": "5"}
 
 
 def test_a_process_that_was_taken_out_of_one_hierarchy_is_put_back(scene: Scene, process: ProcessHandle) -> None:

@@ -8,8 +8,9 @@ and sessions, always from a worker thread: every method may block, up to its dea
 from __future__ import annotations
 
 import enum
+import os
 from dataclasses import dataclass
-from typing import Mapping, Optional, Protocol, Tuple
+from typing import Mapping, Optional, Protocol, Sequence, Tuple
 
 from adoptd.deadline import Deadline
 from adoptd.model import Job
@@ -39,6 +40,26 @@ class CgroupVerdict:
     def __post_init__(self) -> None:
         if (self.finding is CgroupFinding.JOB) != (self.job is not None):
             raise ValueError(f"finding {self.finding.value} with job {self.job}")
+
+
+class JobSession:
+    """What a session is given: an environment, and namespace descriptors, which are closed with this object.
+
+    Also when nobody closes it: a call that outlived its deadline leaves its result to nobody.
+    """
+
+    def __init__(self, environment: Mapping[str, str], descriptors: Sequence[int] = ()) -> None:
+        self.environment = environment
+        self.descriptors = tuple(descriptors)
+
+    def close(self) -> None:
+        """Close the descriptors. May be called twice."""
+        descriptors, self.descriptors = self.descriptors, ()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class JobBackend(Protocol):
@@ -77,5 +98,9 @@ class JobBackend(Protocol):
     def contains(self, job: Job, pid: int) -> bool:
         """Whether the process is in this very job (not in a later one of the same id). Raises JobManagerError."""
 
-    def session_environment(self, job: Job) -> Mapping[str, str]:
-        """What to set in the environment of a session in this job."""
+    def session(self, job: Job, x11: bool, namespaces: bool, deadline: Deadline) -> JobSession:
+        """What a session in this job is given: its environment, with ``x11`` the job's X11 display, with
+        ``namespaces`` the namespaces it has to enter. Raises JobManagerError if those cannot be had."""
+
+    def for_node(self, node_name: str) -> JobBackend:
+        """This backend as seen under another node name, where the manager knows the node by one; "" is its own."""

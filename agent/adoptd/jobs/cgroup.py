@@ -14,7 +14,7 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from adoptd.deadline import Deadline
 from adoptd.hierarchy import CgroupMounts, Hierarchy, HierarchyKind, path_of_id
-from adoptd.jobs import CgroupFinding, CgroupVerdict
+from adoptd.jobs import CgroupFinding, CgroupVerdict, JobSession
 from adoptd.jobs.directories import Budget, FoundJob, JobDirectories, OpenedJob
 from adoptd.jobs.move import Target, move
 from adoptd.jobs.template import JobPath, parse_leaf
@@ -144,9 +144,13 @@ class CgroupJobs:
             for location in locations
         )
 
-    def session_environment(self, job: Job) -> Mapping[str, str]:
-        """ADOPTD_JOB_ID: a plain cgroup manager has no variables of its own that adoptd could know."""
-        return {"ADOPTD_JOB_ID": job.id}
+    def session(self, job: Job, x11: bool, namespaces: bool, deadline: Deadline) -> JobSession:
+        """ADOPTD_JOB_ID; a plain cgroup has neither a display nor namespaces of its own."""
+        return JobSession({"ADOPTD_JOB_ID": job.id})
+
+    def for_node(self, node_name: str) -> CgroupJobs:
+        """This very backend: a cgroup has no node name."""
+        return self
 
     def _path_uid(self, job: Job) -> Optional[int]:
         return job.uid if self._template.has_uid else None

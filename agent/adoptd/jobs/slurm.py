@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from adoptd.deadline import Deadline
 from adoptd.hierarchy import CgroupMounts, Hierarchy, HierarchyKind, path_of_id
-from adoptd.jobs import CgroupFinding, CgroupVerdict
+from adoptd.jobs import CgroupFinding, CgroupVerdict, JobSession
 from adoptd.jobs.slurm_conf import SlurmConf
 from adoptd.jobs.slurm_paths import NamedJob
 from adoptd.jobs.slurm_spool import STEP_MS, Silent, Spool, Step
@@ -25,6 +26,9 @@ from adoptd.process import ProcessHandle
 
 # As in the cgroup backend: one that is elsewhere at every look is not followed.
 _LOOKS_MAX = 3
+
+# One per slurmd on this host; the names come from root's PAM files.
+_NODE_NAMES_MAX = 16
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +49,11 @@ class SlurmJobs:
         self._conf = conf
         self._mounts = mounts if mounts is not None else CgroupMounts(proc_root)
         self._spool = Spool(conf, proc_root, step_ms)
+        self._proc_root = proc_root
         self._step_ms = step_ms
         self._turns = Turns()
+        self._others: Dict[str, SlurmJobs] = {}
+        self._others_lock = threading.Lock()
 
     def jobs_of(self, uid: int, deadline: Deadline) -> Tuple[Job, ...]:
         """The user's jobs, newest first by their steps' age, then by id. Raises JobManagerError.
@@ -148,9 +155,38 @@ class SlurmJobs:
         homes = self._homes(job, step.sluid)
         return bool(homes) and not self._missing(job, step.sluid, homes, where)
 
-    def session_environment(self, job: Job) -> Mapping[str, str]:
-        """SLURM_JOB_ID, as pam_slurm_adopt sets it."""
-        return {"SLURM_JOB_ID": job.id}
+    def session(self, job: Job, x11: bool, namespaces: bool, deadline: Deadline) -> JobSession:
+        """SLURM_JOB_ID, as pam_slurm_adopt sets it, DISPLAY and XAUTHORITY, and the job's namespaces.
+
+        A display that cannot be had is left out with a warning: the session is as right without it. Raises
+        JobManagerError if the namespaces cannot be had: outside them the session is not in its job.
+        """
+        environment = {"SLURM_JOB_ID": job.id}
+        if x11:
+            try:
+                display = self.x11(job, deadline)
+            except JobManagerError as error:
+                _log.warning("no X11 display for a session: %s", error)
+                display = None
+            if display is not None:
+                environment["DISPLAY"] = f"localhost:{display.number}.0"
+                if display.authority is not None:
+                    environment["XAUTHORITY"] = display.authority
+        entered = self.namespaces(job, deadline) if namespaces else ()
+        return JobSession(environment, [namespace.descriptor for namespace in entered])
+
+    def for_node(self, node_name: str) -> SlurmJobs:
+        """The jobs of the slurmd with this NodeName (PAM's nodename= option); "" is the one that was found."""
+        if not node_name:
+            return self
+        with self._others_lock:
+            known = self._others.get(node_name)
+            if known is None:
+                if len(self._others) >= _NODE_NAMES_MAX:
+                    raise JobManagerError(f"nodename {node_name!r} is one of more than {_NODE_NAMES_MAX} on this host")
+                known = SlurmJobs(self._conf.for_node(node_name), self._mounts, self._proc_root, self._step_ms)
+                self._others[node_name] = known
+            return known
 
     def x11(self, job: Job, deadline: Deadline) -> Optional[X11Display]:
         """The job's X11 tunnel, None if it has none. Raises JobManagerError."""

@@ -15,7 +15,7 @@ import socket
 import stat
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
 
@@ -115,6 +115,10 @@ class SlurmConf:
         self._signature: Tuple[Tuple[str, int, int, int], ...] = ()
         self._until_s = 0.0
         self._complaint = ""
+
+    def for_node(self, node_name: str) -> SlurmConf:
+        """The same settings for the slurmd that has this NodeName."""
+        return SlurmConf(replace(self._overrides, node_name=node_name), self._environment, self._host)
 
     def is_there(self) -> bool:
         """Whether Slurm looks installed here: a slurm.conf or a spool directory. For ``backend = "auto"``."""

@@ -12,11 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
-from adoptd.model import UID_MAX
+from adoptd.model import JOB_ID_MAX, UID_MAX, is_job_id
 
-# The first character keeps ".", ".." and option-like names out; 63 is what the wire's job field holds.
-JOB_ID_MAX = 63
-_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 _UID = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 _UID_DIGITS_MAX = len(str(UID_MAX))
 _LITERAL = re.compile(r"[!-z|~]*", re.ASCII)
@@ -28,11 +25,6 @@ _EXPECTED = (
     "expected an absolute path whose last component has {job}, such as /jobs/uid_{uid}/job_{job}: {job} once, "
     "{uid} at most once and in an earlier component, no //, . or .., printable ASCII without spaces"
 )
-
-
-def is_job_id(text: str) -> bool:
-    """Whether ``text`` can be a job id: [A-Za-z0-9][A-Za-z0-9_.-]{0,62}."""
-    return _JOB_ID.fullmatch(text) is not None
 
 
 def split_path(path: str) -> Optional[Tuple[str, ...]]:

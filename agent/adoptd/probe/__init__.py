@@ -46,22 +46,6 @@ class ProbeStatus:
     seeded: Optional[bool] = None
     counters: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def healthy(self) -> bool:
-        """Loaded, of this agent's schema, attached, and everything pinned is what it should be."""
-        return self.problem is None
-
-    @property
-    def text(self) -> str:
-        """The state in one line, for people."""
-        if self.problem is not None:
-            return self.problem
-        before = "labelled too" if self.seeded else "not labelled"
-        return (
-            f"attached, schema {self.schema}; {self.counters.get('labelled', 0)} connections labelled,"
-            f" {self.counters.get('storage_refused', 0)} refused; sockets older than the probe are {before}"
-        )
-
 
 def load(pin_dir: Path, source_dir: Optional[Path] = None) -> str:
     """Load the probe unless it is loaded already; one line saying what was done.

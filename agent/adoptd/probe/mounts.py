@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, Optional, Tuple
 
+from adoptd.hierarchy import unescape
 from adoptd.model import ProbeError
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
@@ -50,7 +51,7 @@ def mounts() -> Iterator[Mount]:
         left, _, right = line.partition(" - ")
         fields = left.split(" ")
         major, _, minor = fields[2].partition(":")
-        yield Mount((int(major), int(minor)), _unescaped(fields[3]), _unescaped(fields[4]), right.split(" ")[0])
+        yield Mount((int(major), int(minor)), unescape(fields[3]), unescape(fields[4]), right.split(" ")[0])
 
 
 def filesystem_of(fd: int) -> Optional[str]:
@@ -135,9 +136,3 @@ def _mount(source: str, target: Path, fstype: str, options: Optional[str]) -> No
     if _libc.mount(source.encode(), os.fsencode(target), fstype.encode(), flags, data) != 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error), str(target))
-
-
-def _unescaped(field: str) -> str:
-    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(code, char)
-    return field

@@ -13,14 +13,19 @@ import re
 from dataclasses import dataclass
 from typing import Optional
 
-from adoptd.model import UID_MAX, Connection, Endpoint, IPAddress, ProtocolError, Witness
+from adoptd.model import (
+    JOB_ID_MAX,
+    UID_MAX,
+    Connection,
+    Endpoint,
+    IPAddress,
+    ProtocolError,
+    Witness,
+    is_job_id,
+)
 from adoptd.wire.strict_json import Fields, decode_object, encode_object
 
 VERSION = 1
-
-# Longest job id on the wire: the PAM record's job field is 64 bytes with its NUL.
-JOB_ID_MAX = 63
-_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}")
 
 # 128 random bits in hex: a nonce that repeats by chance would let one answer pass for another's.
 _NONCE = re.compile(r"[0-9a-f]{32}")
@@ -152,7 +157,7 @@ def decode_answer(payload: bytes) -> Answer:
     named = answer.outcome is Outcome.JOB
     if (answer.job_id is not None) != named or (answer.witness is not None) != named:
         raise ProtocolError(f"answer: outcome {answer.outcome.value} does not go with its job and witness")
-    if answer.job_id is not None and not _JOB_ID.fullmatch(answer.job_id):
+    if answer.job_id is not None and not is_job_id(answer.job_id):
         raise ProtocolError(f"answer: job {answer.job_id!r} is not a job id")
     return answer
 

@@ -14,8 +14,8 @@ _PREFIX = struct.Struct("!I")
 
 PREFIX_BYTES = _PREFIX.size
 
-# A sealed question is about 700 bytes under MUNGE and 600 under a key; 4 KiB leaves room for a longer
-# header of either and is still nothing to a node that is sent thousands of them.
+# A sealed question or answer has 300 to 900 bytes; 4 KiB leaves room for a longer
+# header of either scheme and is still nothing to a node that is sent thousands of them.
 CALLERID_MAX_BYTES = 4096
 
 # A control reply lists sessions or jobs: a node has at most a few thousand of each, 200 bytes apiece.

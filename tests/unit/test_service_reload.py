@@ -1,0 +1,187 @@
+"""The agent as a process: reloads while it serves, what it leaves behind, and a start that fails in words."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+from pathlib import Path
+from typing import Awaitable, Callable, Iterator, Optional
+
+import pytest
+from fakes import until
+
+from adoptd import config, control, log, service
+from adoptd.client import ask_agent
+from adoptd.metrics import Metrics
+from adoptd.seal import Seal, open_seal
+from adoptd.server import bind_tcp
+from adoptd.service import Service
+from adoptd.wire.control import Command, Result
+
+
+class Site:
+    """A configuration that touches nothing of this host but ``directory``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.run = directory / "run"
+        self.key = directory / "adoptd.key"
+        self.file = directory / "adoptd.toml"
+        self.write()
+
+    def write(self, user: str = "user.sock", node: str = "n1", metrics: str = "enabled = false") -> None:
+        self.file.write_text(
+            f"[agent]\npam_socket = '{self.run}/pam.sock'\nuser_socket = '{self.run}/{user}'\nnode_name = '{node}'\n"
+            f"[callerid]\nenabled = false\n[probe]\nenabled = false\n[metrics]\n{metrics}\n"
+            f"[seal]\nkey_file = '{self.key}'\nmunge_socket = '{self.directory}/no-munged'\n"
+        )
+
+    def make_key(self) -> None:
+        self.key.touch(0o600)
+        self.key.write_bytes(os.urandom(64))
+
+    async def status(self, user: str = "user.sock") -> Result:
+        return await asyncio.to_thread(ask_agent, str(self.run / user), Command("status", {}))
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    logger = logging.getLogger("adoptd")
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    # Its answer is believed only if it is root's; and only root's agent is this test's business.
+    monkeypatch.setattr("adoptd.client.Caller.of", lambda sock: type("Root", (), {"uid": 0}))
+    yield Site(tmp_path)
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+def serve(site: Site, check: Callable[[Service], Awaitable[None]]) -> None:
+    """Run an agent, ``check`` it, and stop it with SIGTERM."""
+
+    async def main() -> None:
+        agent = Service(site.file)
+        running = asyncio.create_task(agent._main())
+        try:
+            await until(lambda: running.done() or (site.run / "user.sock").exists())
+            if not running.done():
+                await site.status()
+                await check(agent)
+        finally:
+            if not running.done():
+                os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(running, 10)
+
+    asyncio.run(main())
+
+
+async def reloaded(site: Site, node: str, user: str = "user.sock") -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+    while (await site.status(user))["node"] != node:
+        await asyncio.sleep(0.01)
+
+
+def test_a_socket_that_moved_in_the_file_stays_where_it_is(site: Site) -> None:
+    """It is bound, so it needs a restart: served, reported and removed at the old place; the new one is not ours."""
+    stranger = site.run / "other.sock"
+
+    async def check(agent: Service) -> None:
+        stranger.write_text("somebody else's")
+        for node in ("n2", "n3"):
+            site.write(user="other.sock", node=node)
+            await reloaded(site, node)
+            assert agent._config.agent.user_socket == str(site.run / "user.sock")
+            assert config.needs_restart(agent._config, config.load(site.file)) == ("agent.user_socket",)
+
+    serve(site, check)
+    assert [path.name for path in site.run.iterdir()] == ["other.sock"]
+
+
+def test_a_reload_that_waits_for_munged_keeps_nobody_waiting(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libmunge needs ten seconds to find out that munged hangs; meanwhile the agent serves."""
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def slow(scheme: str, key_file: Path, munge_socket: Optional[str], ttl_s: int) -> Seal:
+        waiting.set()
+        go_on.wait(5)
+        return open_seal(scheme, key_file, munge_socket, ttl_s)
+
+    site.make_key()
+
+    async def check(agent: Service) -> None:
+        monkeypatch.setattr(service, "open_seal", slow)
+        site.write(node="n2")
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(waiting.is_set)
+        assert (await site.status())["node"] == "n1"
+        go_on.set()
+        await reloaded(site, "n2")
+
+    serve(site, check)
+
+
+def test_a_seal_that_comes_after_the_agent_is_found(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """munged may start later, a key file be delivered later: without a restart or a reload."""
+    monkeypatch.setattr(service, "_SEAL_RETRY_S", 0.02)
+
+    async def check(agent: Service) -> None:
+        assert (await site.status())["seal"] is None
+        site.make_key()
+        await until(lambda: agent._seal is not None)
+        assert (await site.status())["seal"] == "key"
+
+    serve(site, check)
+
+
+def test_a_reload_does_not_start_the_clock_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """uptime_s is the agent's, not its configuration's."""
+    monkeypatch.setattr(control, "_STARTED_S", time.monotonic() - 100)
+
+    async def check(agent: Service) -> None:
+        site.write(node="n2")
+        await reloaded(site, "n2")
+        uptime_s = (await site.status())["uptime_s"]
+        assert isinstance(uptime_s, float)
+        assert uptime_s >= 100
+
+    serve(site, check)
+
+
+def test_everybody_reaches_the_users_socket_under_any_umask(site: Site) -> None:
+    """A start by hand through sudo may bring umask 077, which would shut the directory."""
+
+    async def check(agent: Service) -> None:
+        assert stat.S_IMODE(site.run.stat().st_mode) == 0o755
+        assert stat.S_IMODE((site.run / "pam.sock").stat().st_mode) == 0o600
+
+    umask = os.umask(0o077)
+    try:
+        serve(site, check)
+    finally:
+        os.umask(umask)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    """errno's words alone send the administrator looking."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"127.0.0.1 port {port}: Address already in use"):
+            bind_tcp(["127.0.0.1"], port)
+        with pytest.raises(OSError, match=f"/metrics on 127.0.0.1 port {port}: Address already in use"):
+            Metrics().serve("127.0.0.1", port)
+
+
+def test_only_the_journal_is_taken_for_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a service starts inherits the variable; it names the stream it is about."""
+    status = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", "8:1")
+    assert not log.is_journal()
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+    assert log.is_journal()

@@ -1,0 +1,89 @@
+"""The probe's self-test over time: what a failing one costs, and what the metrics say of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Iterator, List, Optional
+
+import pytest
+from fakes import sample
+
+from adoptd import watch as watch_module
+from adoptd.config import ProbeConfig
+from adoptd.metrics import Metrics
+from adoptd.model import ProbeError
+from adoptd.watch import Watch
+from adoptd.workers import Workers
+
+
+class FakeProbe:
+    """Stands in for OpenProbe: notes whether it was closed."""
+
+    schema = "0" * 32
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def close(self) -> None:
+        self.open = False
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+
+class Host:
+    """A host whose probe opens, and whose self-test fails while ``fault`` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fault: Optional[str] = None
+        self.opened: List[FakeProbe] = []
+        monkeypatch.setattr(watch_module, "open_probe", self.open_probe)
+        monkeypatch.setattr(watch_module.probe, "load", lambda pin_dir, source_dir: "already loaded")
+        monkeypatch.setattr(watch_module.probe, "self_test", self.self_test)
+        self.metrics = Metrics()
+        self.workers = Workers("w", 1, 2)
+        self.watch = Watch(ProbeConfig(self_test_interval_s=1), self.metrics, self.workers)
+
+    def open_probe(self, pin_dir: Path, source_dir: Optional[Path]) -> FakeProbe:
+        self.opened.append(FakeProbe())
+        return self.opened[-1]
+
+    def self_test(self, opened: FakeProbe) -> None:
+        assert opened.open
+        if self.fault is not None:
+            raise ProbeError(self.fault)
+
+    @property
+    def tested_at(self) -> float:
+        return sample(self.metrics, "adoptd_probe_self_test_timestamp_seconds")
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    made = Host(monkeypatch)
+    yield made
+    made.watch.close()
+    made.workers.close()
+    assert not any(opened.open for opened in made.opened)
+
+
+def test_a_probe_that_keeps_failing_its_self_test_costs_no_descriptors(host: Host) -> None:
+    """It is opened again at every interval for as long as the agent runs: all but the last are closed."""
+    host.fault = "nothing is attached"
+    for _ in range(3):
+        asyncio.run(host.watch._attach())
+    assert sum(opened.open for opened in host.opened) == 1
+    assert host.watch.status.self_test == "nothing is attached"
+
+
+def test_only_a_self_test_moves_the_time_of_the_self_test(host: Host) -> None:
+    """An alert on a self-test that is no longer made must not be put off by the other witnesses' tests."""
+    asyncio.run(host.watch.start())
+    host.metrics.self_test_time.set(1.0)
+    host.watch._test_diag()
+    assert host.tested_at == 1.0
+    host.fault = "gone"
+    asyncio.run(host.watch._attach())
+    assert host.tested_at > 1.0
+    assert sample(host.metrics, "adoptd_probe_self_test_success") == 0.0
