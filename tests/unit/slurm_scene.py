@@ -18,11 +18,11 @@ V1 = ("freezer", "memory")
 SLICE = "/system.slice/slurmstepd.scope"
 
 # Doubles are threads of the test and share its CPU with other tests: only a test of silence is in a hurry.
-PATIENT_MS = 4000.0
-HASTY_MS = 150.0
+PATIENT_MS = 10_000.0
+HASTY_MS = 400.0
 
 
-def soon(ms: float = 5000.0) -> Deadline:
+def soon(ms: float = 15_000.0) -> Deadline:
     return Deadline.after_ms(ms)
 
 
