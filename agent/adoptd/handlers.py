@@ -6,11 +6,11 @@ doorkeepers of :mod:`adoptd.server`; the work is done by callerid, adoption and 
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import ipaddress
 import time
 from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import AsyncIterator, Callable, Optional
 
 from adoptd import log
 from adoptd.adoption import Adoptions, Decision
@@ -25,14 +25,17 @@ from adoptd.server import Caller, Conversation
 from adoptd.wire import control as control_wire
 from adoptd.wire import frame
 from adoptd.wire.pam import REQUEST_BYTES, PamRequest, decode_request, encode_reply
+from adoptd.workers import OutOfTime, Turns
 
 # The module waits for the whole of its timeout_ms; the reply has to be written and read within it.
 _REPLY_MARGIN_MS = 30.0
 
 
-# Logins, and answers, that are worked on at once. The rest wait for their turn in the order they came, so that in a
-# storm those that are begun end within their budget instead of all of them being late together.
+# Logins that are worked on at once (answers: see callerid). The rest wait for their turn in the order they came, so
+# that in a storm those that are begun end within their budget instead of all of them being late together.
 _AT_ONCE = 16
+# Of one user: logins from a source that drops packets hold their turn for the whole of callerid's timeout.
+_AT_ONCE_OF_ONE = 8
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,7 @@ class Handlers:
     def __init__(self, desk: Callable[[], Desk], metrics: Metrics) -> None:
         self._desk = desk
         self._metrics = metrics
-        self._logins = asyncio.Semaphore(_AT_ONCE)
-        self._answers = asyncio.Semaphore(_AT_ONCE)
+        self._logins = Turns(_AT_ONCE, _AT_ONCE_OF_ONE)
 
     async def pam(self, conversation: Conversation) -> None:
         """One phase of one login, asked by pam_adopt.so in sshd."""
@@ -72,7 +74,7 @@ class Handlers:
         except AdoptionFailed as error:
             raise Refused(Refusal.PROCESS_GONE, str(error)) from None
         with process:
-            async with self._logins:
+            async with self._turn(request.uid, deadline):
                 adoptions = self._desk().adoptions.at(request.nodename)
                 reply, decision = await adoptions.serve(request, process, deadline)
             session = JobSession({}) if decision.session is None else decision.session
@@ -85,6 +87,14 @@ class Handlers:
                 self._metrics.adoption_seconds.labels(request.phase.name.lower()).observe(seconds)
                 _log_adoption(request, decision, caller.pid, seconds * 1000.0)
 
+    @contextlib.asynccontextmanager
+    async def _turn(self, uid: int, deadline: Deadline) -> AsyncIterator[None]:
+        try:
+            async with self._logins.taken(uid, deadline):
+                yield
+        except OutOfTime as error:
+            raise Refused(Refusal.TOO_MANY, f"login of uid {uid}: {error}") from None
+
     async def peer(self, conversation: Conversation) -> None:
         """A callerid question of another node's agent."""
         responder, timeout_ms = self._desk().responder, self._desk().callerid_timeout_ms
@@ -95,8 +105,7 @@ class Handlers:
             raise Refused(Refusal.UNAVAILABLE, "there is nothing to open seals with")
         reached_at = ipaddress.ip_address(str(conversation.sock.getsockname()[0]).partition("%")[0])
         deadline = Deadline.after_ms(timeout_ms)
-        async with self._answers:
-            answer, settled = await responder.answer(sealed, reached_at, deadline)
+        answer, settled = await responder.answer(sealed, reached_at, deadline)
         await conversation.send(frame.encode_frame(answer, frame.CALLERID_MAX_BYTES))
         witness = None if settled.job is None or settled.owner is None else settled.owner.witness
         seconds = time.monotonic() - started
@@ -111,6 +120,7 @@ class Handlers:
             uid=None if settled.owner is None else settled.owner.uid,
             pid=None if settled.owner is None else settled.owner.pid,
             moved=settled.moved or None,
+            hint=settled.hint,
             detail=settled.detail or None,
             latency_ms=seconds * 1000.0,
         )

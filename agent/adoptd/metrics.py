@@ -7,17 +7,27 @@ the HTTP. Called by the journeys, the servers and the service.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import platform
-from typing import Callable, Iterator, Mapping, Optional
+import socket
+import threading
+from http.server import ThreadingHTTPServer
+from typing import Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, MetricsHandler, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from adoptd import __version__
 from adoptd.model import Witness
 from adoptd.wire.callerid import Outcome
+
+# Prometheus has one connection; some more for a second server and a person. A request is sent with the connection.
+SCRAPES_MAX = 16
+SCRAPE_READ_S = 2.0
+
+_Request = Union[socket.socket, Tuple[bytes, socket.socket]]
 
 
 class Door(enum.Enum):
@@ -181,11 +191,68 @@ class Metrics:
 
     def serve(self, address: str, port: int) -> None:
         """Serve /metrics from a thread of prometheus-client's. Raises OSError if the port cannot be had."""
-        # 0.16 returns None, later releases the server and its thread; either way it ends with the process.
         try:
-            start_http_server(port, addr=address, registry=self.registry)
+            server = _ScrapeServer(address, port, self.registry)
         except OSError as error:
             raise OSError(error.errno, f"/metrics on {address} port {port}: {error.strerror}") from None
+        # A daemon: it ends with the process.
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+class _ScrapeHandler(MetricsHandler):
+    timeout = SCRAPE_READ_S
+
+    def do_GET(self) -> None:
+        # One at a time: threads that render all at once would fight the event loop for the interpreter.
+        if isinstance(self.server, _ScrapeServer):
+            self.server.heard(self.connection)
+            with self.server.rendering:
+                super().do_GET()
+
+
+class _ScrapeServer(ThreadingHTTPServer):
+    """prometheus-client's handler behind bounds, which its own server lacks: any user of the node reaches it.
+
+    As at the other doors, over the bound who was silent longest goes.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: str, port: int, registry: CollectorRegistry) -> None:
+        if ":" in address:
+            self.address_family = socket.AF_INET6
+        self.rendering = threading.Lock()
+        self._lock = threading.Lock()
+        # Who is served, oldest first; True: has sent a request.
+        self._served: Dict[object, bool] = {}
+        super().__init__((address, port), _ScrapeHandler.factory(registry))
+
+    def heard(self, connection: socket.socket) -> None:
+        """The request has come: this connection is no longer one that may be dropped for its silence."""
+        with self._lock:
+            if connection in self._served:
+                self._served[connection] = True
+
+    def process_request(self, request: _Request, client_address: object) -> None:
+        with self._lock:
+            self._served[request] = False
+            if len(self._served) > SCRAPES_MAX:
+                silent = next(each for each, heard in self._served.items() if not heard)
+                # Its thread reads the end and closes it. Forgotten now: the next one must not choose it again.
+                del self._served[silent]
+                if isinstance(silent, socket.socket):
+                    with contextlib.suppress(OSError):
+                        silent.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: _Request) -> None:
+        with self._lock:
+            self._served.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing: who went away in the middle is no event, and standard error is the log's."""
 
 
 class _ProbeEvents(Collector):

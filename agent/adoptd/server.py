@@ -13,9 +13,10 @@ import os
 import socket
 import stat
 import struct
+import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from typing import Awaitable, Callable, Dict, List, Optional, Sequence
+from typing import Awaitable, Callable, Dict, List, Optional, Sequence, Tuple
 
 from adoptd import log
 from adoptd.callerid import Refused
@@ -39,6 +40,11 @@ USER_MAX = 64
 USER_MAX_PER_UID = 8
 
 _BACKLOG = 1024
+
+# Refusals of one reason that a door says in the log within so many seconds. Anybody can be refused thousands of times
+# a second, and a log full of that hides what happens at the same time; the metric counts all of them.
+REFUSALS_LOGGED = 20
+REFUSALS_LOGGED_S = 10.0
 
 # struct ucred, unix(7).
 _UCRED = struct.Struct("=iII")
@@ -104,12 +110,20 @@ class Conversation:
         """
         try:
             # A new connection's buffer is empty, so what brings the descriptors goes at once.
-            sent = socket.send_fds(self.sock, [data], list(descriptors)) if descriptors else 0
-            await asyncio.wait_for(self._loop.sock_sendall(self.sock, data[sent:]), SEND_S)
+            sent = socket.send_fds(self.sock, [data], list(descriptors)) if descriptors else self._send_at_once(data)
+            if sent < len(data):
+                await asyncio.wait_for(self._loop.sock_sendall(self.sock, data[sent:]), SEND_S)
         except asyncio.TimeoutError:
             raise Refused(Refusal.SLOW, f"did not read its reply within {SEND_S:g} s") from None
         except OSError as error:
             raise PeerGone(error.errno, error.strerror) from None
+
+    def _send_at_once(self, data: bytes) -> int:
+        """How much went without waiting: as a rule all, and then it takes no task and no timer. Raises OSError."""
+        try:
+            return self.sock.send(data)
+        except BlockingIOError:
+            return 0
 
 
 Handler = Callable[[Conversation], Awaitable[None]]
@@ -143,6 +157,8 @@ class Doorkeeper:
         self._callers: Dict[asyncio.Task[None], str] = {}
         self._count: Counter[str] = Counter()
         self._accepting: List[asyncio.Task[None]] = []
+        # By reason: when its time began (monotonic), and how many there were since.
+        self._said: Dict[Refusal, Tuple[float, int]] = {}
 
     def open(self) -> None:
         """Begin to accept."""
@@ -235,7 +251,15 @@ class Doorkeeper:
 
     def _refused(self, reason: Refusal, peer: str, text: str) -> None:
         self._metrics.refuse(self._door, reason)
-        log.warning("refused", socket=self._door.value, reason=reason.value, peer=peer, error=text)
+        now = time.monotonic()
+        since, count = self._said.get(reason, (now, 0))
+        unsaid = None
+        if now - since >= REFUSALS_LOGGED_S:
+            unsaid = max(0, count - REFUSALS_LOGGED) or None
+            since, count = now, 0
+        self._said[reason] = (since, count + 1)
+        if count < REFUSALS_LOGGED:
+            log.warning("refused", socket=self._door.value, reason=reason.value, peer=peer, error=text, unsaid=unsaid)
 
     def _ended(self, task: asyncio.Task[None], sock: socket.socket) -> None:
         sock.close()

@@ -10,21 +10,23 @@ import struct
 import subprocess
 import time
 from pathlib import Path
-from typing import AsyncIterator, Awaitable, Callable, List, Optional
+from typing import AsyncIterator, Awaitable, Callable, List, Optional, Tuple
 
 import pytest
-from fakes import ALICE, HERE, FakeBackend, FakeSeal, FakeWitness, connection, job, pam_record, sample, until
+from fakes import ALICE, BOB, HERE, FakeBackend, FakeSeal, FakeWitness, connection, job, pam_record, sample, until
 from logs import LogLines, log_lines
 from nobody import NOBODY, environment, nobody_command, public_path
 
-from adoptd.adoption import Adoptions
+from adoptd.adoption import Adoptions, Decision
 from adoptd.callerid import Inquiry, Responder, SealRoom
 from adoptd.connections import Witnesses
 from adoptd.control import Control
+from adoptd.deadline import Deadline
 from adoptd.handlers import Desk, Handlers
 from adoptd.jobs import CgroupFinding, CgroupVerdict
 from adoptd.metrics import Door, Metrics, Refusal
 from adoptd.model import AdoptdError, Owner, Witness
+from adoptd.process import ProcessHandle
 from adoptd.seal.replay import ReplayCache
 from adoptd.server import Doorkeeper, bind_tcp, bind_unix
 from adoptd.sessions import PendingLogins
@@ -32,7 +34,7 @@ from adoptd.wire import control as control_wire
 from adoptd.wire import frame
 from adoptd.wire.callerid import Outcome, Question, decode_answer, encode_question
 from adoptd.wire.control import Command, Result
-from adoptd.wire.pam import REPLY_BYTES, REQUEST_BYTES
+from adoptd.wire.pam import REPLY_BYTES, REQUEST_BYTES, PamReply, PamRequest
 from adoptd.workers import Workers
 
 __all__ = ["log_lines", "public_path"]
@@ -203,6 +205,37 @@ def test_a_denial_is_logged_like_a_grant(tmp_path: Path, log_lines: LogLines) ->
     run(story)
     (line,) = [line for line in log_lines() if "adoption phase=" in line]
     assert 'decision=denied reason=no_jobs user="eve\\nforged line" uid=4242' in line
+
+
+def test_one_users_logins_do_not_hold_up_anothers(tmp_path: Path) -> None:
+    """While one user's logins wait for a source that says nothing, and more of them queue, another's is served."""
+
+    class Waiting(Adoptions):
+        def __init__(self, before: Adoptions, go_on: asyncio.Event) -> None:
+            self.__dict__.update(before.__dict__)
+            self.go_on, self.waiting = go_on, 0
+
+        async def serve(
+            self, request: PamRequest, process: ProcessHandle, deadline: Deadline
+        ) -> Tuple[PamReply, Decision]:
+            if request.uid == BOB:
+                self.waiting += 1
+                await self.go_on.wait()
+            return await super().serve(request, process, deadline)
+
+    async def story() -> None:
+        async with agent(tmp_path) as here:
+            go_on = asyncio.Event()
+            here.adoptions = waiting = Waiting(here.adoptions, go_on)
+            held = [asyncio.create_task(here.send("pam", pam_record(uid=BOB))) for _ in range(9)]
+            await until(lambda: waiting.waiting == 8)
+            reply = await here.send("pam", pam_record(over=ENDS))
+            assert (reply[8], reply[9]) == (1, 1)
+            assert waiting.waiting == 8
+            go_on.set()
+            await asyncio.gather(*held)
+
+    run(story)
 
 
 def test_trailing_bytes_change_nothing(tmp_path: Path) -> None:

@@ -207,7 +207,8 @@ def _read_holder(pid: int, directory: int) -> _Holder:
 
 
 def _status(directory: int) -> Dict[bytes, bytes]:
-    lines = _read(directory, "status").splitlines()
+    # Not splitlines(): to it a carriage return ends a line too, and the kernel lets one into a process's name.
+    lines = _read(directory, "status").split(b"\n")
     return {name: value for name, _, value in (line.partition(b":\t") for line in lines)}
 
 

@@ -44,12 +44,15 @@ class Mount:
 def mounts() -> Iterator[Mount]:
     """The mounts of this process's mount namespace, oldest first. Raises ProbeError if /proc does not tell."""
     try:
-        lines = _MOUNTINFO.read_text("utf-8", "surrogateescape").splitlines()
+        # Not splitlines(): to it a form feed ends a line too, and with FUSE any user names a mount point.
+        lines = _MOUNTINFO.read_text("utf-8", "surrogateescape").split("\n")
     except OSError as error:
         raise ProbeError(f"{_MOUNTINFO}: cannot be read: {error.strerror}") from None
     for line in lines:
         left, _, right = line.partition(" - ")
         fields = left.split(" ")
+        if len(fields) < 5:
+            continue
         major, _, minor = fields[2].partition(":")
         yield Mount((int(major), int(minor)), unescape(fields[3]), unescape(fields[4]), right.split(" ")[0])
 

@@ -1,7 +1,7 @@
 """Which nonces have been seen, for as long as a message bearing them could still be accepted.
 
 Owns the one rule that makes a replay cache safe when it is flooded: a live entry is never evicted, so
-a full cache refuses what is new instead of forgetting what is old. Called by :mod:`adoptd.seal.key`,
+a full cache refuses what is new instead of forgetting what is old. Called by :mod:`adoptd.seal.token`,
 and by the callerid responder under every scheme.
 """
 
@@ -61,6 +61,10 @@ class ReplayCache:
             self._live.add(nonce)
             self._by_expiry.setdefault(expiry_s, []).append(nonce)
             return Admission.NEW
+
+    def __contains__(self, nonce: str) -> bool:
+        with self._lock:
+            return nonce in self._live
 
     def __len__(self) -> int:
         with self._lock:
