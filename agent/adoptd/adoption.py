@@ -14,6 +14,7 @@ from typing import List, Mapping, Optional, Tuple
 from adoptd.callerid import Asker, AskFault, Told
 from adoptd.deadline import Deadline
 from adoptd.jobs import JobBackend, JobSession
+from adoptd.jobs.environment import JobEnvironment
 from adoptd.metrics import Metrics
 from adoptd.model import AdoptionFailed, Connection, Job, JobManagerError, Witness
 from adoptd.policy import AFTER_FAILURE, Options, Situation, Step, next_step, situation_of
@@ -120,20 +121,25 @@ class Adoptions:
         pending: PendingLogins,
         workers: Workers,
         metrics: Metrics,
+        environment: Optional[JobEnvironment] = None,
     ) -> None:
+        """``environment``: what sessions are given of their job's variables; None: nothing."""
         self._node_name = node_name
         self._jobs = jobs
         self._asker = asker
         self._pending = pending
         self._workers = workers
         self._metrics = metrics
+        self._environment = environment
 
     def at(self, node_name: str) -> Adoptions:
         """These adoptions for the PAM option nodename=; "" is none. Raises JobManagerError."""
         if not node_name:
             return self
         jobs = self._jobs.for_node(node_name)
-        return Adoptions(self._node_name, jobs, self._asker, self._pending, self._workers, self._metrics)
+        return Adoptions(
+            self._node_name, jobs, self._asker, self._pending, self._workers, self._metrics, self._environment
+        )
 
     async def serve(self, request: PamRequest, process: ProcessHandle, deadline: Deadline) -> Tuple[PamReply, Decision]:
         """The reply for one phase of one login. ``process`` is the caller, as the kernel named it.
@@ -218,7 +224,7 @@ class Adoptions:
         while True:
             step = next_step(situation, login.options)
             if step is Step.ASK_SOURCE:
-                told = await self._ask(login, deadline)
+                told = await self._ask(login, here, deadline)
                 named = _named_here(told, here)
                 trail.add("ask_source", _words(told, named))
                 situation = Situation.UNKNOWN if named is None else Situation.NAMED
@@ -254,12 +260,13 @@ class Adoptions:
         trail.add("jobs_here", ", ".join(job.id for job in jobs) or "none")
         return jobs
 
-    async def _ask(self, login: Login, deadline: Deadline) -> Told:
+    async def _ask(self, login: Login, here: Tuple[Job, ...], deadline: Deadline) -> Told:
         if self._asker is None:
             return Told(Outcome.UNKNOWN, AskFault.DISABLED.value)
         if login.connection is None:
             return Told(Outcome.UNKNOWN, AskFault.NO_CONNECTION.value)
-        return await self._asker.ask(login.connection, login.uid, deadline)
+        theirs = frozenset(job.id for job in here)
+        return await self._asker.ask(login.connection, login.uid, deadline, theirs=theirs)
 
     async def _adopt(self, job: Job, mover: Optional[_Mover], deadline: Deadline) -> Optional[JobSession]:
         """Move the process into the job and fetch what its session is given; None where nothing is moved.
@@ -271,7 +278,11 @@ class Adoptions:
 
         def adopt_and_fetch() -> JobSession:
             self._jobs.adopt(mover.process, job, deadline)
-            return self._jobs.session(job, mover.x11, mover.namespaces, deadline)
+            session = self._jobs.session(job, mover.x11, mover.namespaces, deadline)
+            if self._environment is not None:
+                # In both phases: many a site has the account line alone.
+                session.environment = self._environment.added_to(session.environment, self._jobs, job, deadline)
+            return session
 
         return await self._workers.run(adopt_and_fetch, deadline)
 
@@ -328,9 +339,13 @@ def _fitting(message: str) -> str:
 
 def _named_here(told: Told, here: Tuple[Job, ...]) -> Optional[Job]:
     # The job must be here and the user's whatever the answer says: ``here`` holds only such jobs.
-    if told.outcome is not Outcome.JOB:
+    if told.outcome is Outcome.JOB:
+        named = told.job_id
+    elif told.outcome is Outcome.NO_JOB:
+        named = told.hint
+    else:
         return None
-    return next((job for job in here if job.id == told.job_id), None)
+    return next((job for job in here if job.id == named), None)
 
 
 def _words(told: Told, named: Optional[Job]) -> str:
@@ -338,4 +353,6 @@ def _words(told: Told, named: Optional[Job]) -> str:
         return f"job {named.id} by {told.witness.value}"
     if told.outcome is Outcome.JOB:
         return f"job {told.job_id}, which is not a job of this user here"
+    if told.hint is not None:
+        return f"{told.outcome.value}: hint of job {told.hint}, which is not a job of this user here"
     return f"{told.outcome.value}: {told.reason}" + (f" ({told.detail})" if told.detail else "")

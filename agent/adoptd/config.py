@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Mapping, Tuple, Type
 
+from adoptd.jobs.environment import parse_pattern
 from adoptd.jobs.template import JobPath, parse_leaf
 from adoptd.model import ConfigError
 
@@ -105,6 +106,16 @@ def _addresses(restart: bool = False) -> Mapping[str, _Rule]:
     return _rule("a list of one or more IP addresses", accepts, restart)
 
 
+def _environment() -> Mapping[str, _Rule]:
+    def accepts(value: object) -> bool:
+        return isinstance(value, tuple) and all(_accepted_by(parse_pattern)(item) for item in value)
+
+    expected = (
+        'a list of names such as "CUDA_VISIBLE_DEVICES" or "SLURM_*", none that pam_adopt.so refuses (PATH, LD_*)'
+    )
+    return _rule(expected, accepts, False)
+
+
 def _job_path() -> Mapping[str, _Rule]:
     expected = (
         "an absolute path whose last component has {job}, with {uid} at most once before it, "
@@ -144,15 +155,19 @@ class CalleridConfig:
     listen: Tuple[str, ...] = field(default=("0.0.0.0", "::"), metadata=_addresses(restart=True))  # noqa: S104
     port: int = field(default=6830, metadata=_integer(1, 65535, restart=True))
     timeout_ms: int = field(default=300, metadata=_integer(10, 10_000, " milliseconds"))
+    fallback: str = field(default="none", metadata=_choice("none", "slurm"))
+    slurm_scontrol: str = field(default="", metadata=_path(optional=True))
+    hint: bool = field(default=True, metadata=_boolean())
 
 
 @dataclass(frozen=True)
 class SealConfig:
     """[seal]: how agents know each other."""
 
-    scheme: str = field(default="auto", metadata=_choice("auto", "munge", "key"))
+    scheme: str = field(default="auto", metadata=_choice("auto", "slurm", "munge", "key"))
     key_file: str = field(default="/etc/adoptd/adoptd.key", metadata=_path())
     munge_socket: str = field(default="", metadata=_path(optional=True))
+    slurm_key_file: str = field(default="", metadata=_path(optional=True))
     ttl_s: int = field(default=10, metadata=_integer(1, 300, " seconds"))
 
 
@@ -166,6 +181,13 @@ class JobsConfig:
     slurm_conf: str = field(default="", metadata=_path(optional=True))
     slurm_node_name: str = field(default="", metadata=_node_name())
     slurm_spool_dir: str = field(default="", metadata=_path(optional=True))
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """[session]: what a session is given beside its place in the job."""
+
+    environment: Tuple[str, ...] = field(default=(), metadata=_environment())
 
 
 @dataclass(frozen=True)
@@ -195,6 +217,7 @@ class Config:
     callerid: CalleridConfig = field(default_factory=CalleridConfig)
     seal: SealConfig = field(default_factory=SealConfig)
     jobs: JobsConfig = field(default_factory=JobsConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
@@ -204,6 +227,7 @@ _TABLES: Mapping[str, Type[object]] = {
     "callerid": CalleridConfig,
     "seal": SealConfig,
     "jobs": JobsConfig,
+    "session": SessionConfig,
     "probe": ProbeConfig,
     "metrics": MetricsConfig,
 }
@@ -224,6 +248,7 @@ def load(file: Path) -> Config:
         callerid=CalleridConfig(**values["callerid"]),  # type: ignore[arg-type]
         seal=SealConfig(**values["seal"]),  # type: ignore[arg-type]
         jobs=JobsConfig(**values["jobs"]),  # type: ignore[arg-type]
+        session=SessionConfig(**values["session"]),  # type: ignore[arg-type]
         probe=ProbeConfig(**values["probe"]),  # type: ignore[arg-type]
         metrics=MetricsConfig(**values["metrics"]),  # type: ignore[arg-type]
     )

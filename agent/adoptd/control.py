@@ -124,6 +124,7 @@ class Control:
                 "job": told.job_id,
                 "witness": None if told.witness is None else told.witness.value,
                 "moved": told.moved,
+                "hint": told.hint,
                 "detail": told.detail,
             }
         settled = await self._inquiry.settle(connection, login_uid, deadline)
@@ -136,6 +137,7 @@ class Control:
             "job": None if settled.job is None else settled.job.id,
             "witness": None if owner is None else owner.witness.value,
             "moved": settled.moved,
+            "hint": settled.hint,
             "detail": settled.detail if login_uid is None else "",
             "uid": None if owner is None else owner.uid,
             "pid": None if owner is None else owner.pid,

@@ -18,7 +18,8 @@ from adoptd.client import AgentError, ask_agent
 from adoptd.config import AgentConfig, Config
 from adoptd.model import ConfigError
 from adoptd.pam_lines import MODULE, PAM_DIRECTORY, PamLine, adopt_lines, lines_of, wrong_options
-from adoptd.seal import SealError, open_seal
+from adoptd.seal import SealError
+from adoptd.slurm_site import configured_seal
 from adoptd.wire.control import Command
 
 
@@ -153,9 +154,8 @@ def _seal(settings: Config) -> Iterator[Finding]:
     if os.geteuid() != 0:
         yield Finding("seal", Grade.WARNING, "only root can try it", "sudo adoptd doctor")
         return
-    section = settings.seal
     try:
-        seal = open_seal(section.scheme, Path(section.key_file), section.munge_socket, section.ttl_s)
+        seal = configured_seal(settings)
         try:
             opened = seal.open(seal.seal(b"doctor", os.geteuid()))
         finally:

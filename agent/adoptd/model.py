@@ -71,6 +71,9 @@ class Witness(enum.Enum):
     DIAG = "diag"
     CONNTRACK = "conntrack"
     PROC = "proc"
+    # Not of our own making: the source node's slurmd, and the environment of a process that is in no job.
+    SLURMD = "slurmd"
+    HINT = "hint"
 
 
 @dataclass(frozen=True)

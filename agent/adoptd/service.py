@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import time
 from pathlib import Path
-from typing import Awaitable, List, Optional
+from typing import Awaitable, Callable, Dict, List, Optional, Tuple
 
 from adoptd import __version__, config, log
 from adoptd.adoption import Adoptions
@@ -23,13 +24,13 @@ from adoptd.deadline import Deadline
 from adoptd.handlers import Desk, Handlers
 from adoptd.jobs import JobBackend
 from adoptd.jobs.cgroup import CgroupJobs
+from adoptd.jobs.environment import JobEnvironment
 from adoptd.jobs.slurm import SlurmJobs
-from adoptd.jobs.slurm_conf import SlurmConf, SlurmOverrides
 from adoptd.jobs.template import JobPath
 from adoptd.metrics import Door, Metrics
 from adoptd.model import AdoptdError, ConfigError, JobManagerError
 from adoptd.notify import notify, watchdog_interval_s
-from adoptd.seal import Seal, SealError, open_seal
+from adoptd.seal import Seal, SealError
 from adoptd.seal.replay import ReplayCache
 from adoptd.server import (
     LOCAL_READ_S,
@@ -44,6 +45,8 @@ from adoptd.server import (
     bind_unix,
 )
 from adoptd.sessions import PendingLogins
+from adoptd.slurm_callerid import SlurmdCallerid
+from adoptd.slurm_site import configured_seal, slurm_conf
 from adoptd.watch import Watch
 from adoptd.workers import OutOfTime, Overloaded, Workers
 
@@ -57,6 +60,12 @@ _SEAL_MS = 15_000.0
 
 # Twice what a first look at a full node's steps takes.
 _FIRST_JOBS_MS = 2_000.0
+
+# How often a port that is taken is tried again.
+_PORT_RETRY_S = 2.0
+
+# The doors' bounds together, with as much again for what a request in progress opens.
+_DESCRIPTORS = 2 * (PAM_MAX + PEER_MAX + USER_MAX)
 
 # Questions answered in 20 s (twice the seal's life) at four times the highest measured rate.
 _REPLAYS = 65_536
@@ -84,6 +93,9 @@ class Service:
         self._seal: Optional[Seal] = None
         self._desk: Optional[Desk] = None
         self._jobs: Optional[JobBackend] = None
+        # Ports that are not open, by name, and what opens them; and what was said of each last.
+        self._shut_ports: Dict[str, Callable[[], None]] = {}
+        self._port_faults: Dict[str, str] = {}
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises AdoptdError or OSError if the start fails."""
@@ -93,10 +105,16 @@ class Service:
 
             asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         asyncio.run(self._main())
+        if any(workers.pending for workers in self._all_workers()):
+            # Python waits at its exit for threads that are stuck, 10 s in a munged that hangs: so long the node would
+            # be without an agent at a restart. All that was to be finished is, and the sockets are gone.
+            log.warning("stopped_without_waiting", error="calls to others are still under way")
+            os._exit(0)
 
     async def _main(self) -> None:
         log.configure(self._config.agent.log_level, log.is_journal())
         _come_before_sessions()
+        _allow_descriptors()
         loop = asyncio.get_running_loop()
         stop, reload = asyncio.Event(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,10 +131,11 @@ class Service:
         background = [
             asyncio.create_task(_kept_up(what, work))
             for what, work in (
-                ("watch", watch.run()),
-                ("watchdog", _feed_watchdog()),
-                ("reload", self._reload_when(reload, watch)),
-                ("seal", self._seek_seal(watch)),
+                ("watch", watch.run),
+                ("watchdog", _feed_watchdog),
+                ("reload", lambda: self._reload_when(reload, watch)),
+                ("seal", lambda: self._seek_seal(watch)),
+                ("ports", self._seek_ports),
             )
         ]
         try:
@@ -132,13 +151,18 @@ class Service:
 
     def _make_desk(self, settings: Config, seal: Optional[Seal], watch: Watch) -> Desk:
         jobs = self._jobs = _make_backend(settings)
-        inquiry = Inquiry(watch.witnesses, jobs, self._job_workers)
+        inquiry = Inquiry(watch.witnesses, jobs, self._job_workers, settings.callerid.hint)
         seals = None if seal is None else SealRoom(seal, self._seal_workers)
         asker, responder = None, None
         if seals is not None and settings.callerid.enabled:
-            asker = Asker(seals, settings.callerid.port, settings.callerid.timeout_ms, self._metrics)
+            section = settings.callerid
+            fallback = _make_fallback(settings, self._job_workers)
+            asker = Asker(seals, section.port, section.timeout_ms, self._metrics, fallback, section.hint)
             responder = Responder(inquiry, seals, self._replays, settings.seal.ttl_s)
-        adoptions = Adoptions(settings.agent.shown_name(), jobs, asker, self._pending, self._job_workers, self._metrics)
+        environment = JobEnvironment(settings.session.environment) if settings.session.environment else None
+        adoptions = Adoptions(
+            settings.agent.shown_name(), jobs, asker, self._pending, self._job_workers, self._metrics, environment
+        )
         control = Control(settings, jobs, seals, inquiry, asker, adoptions, self._pending, watch, self._slow_workers)
         return Desk(adoptions, responder, control, settings.callerid.timeout_ms)
 
@@ -166,16 +190,46 @@ class Service:
             Doorkeeper(Door.PAM, [pam], handlers.pam, self._metrics, LOCAL_READ_S, PAM_MAX),
             Doorkeeper(Door.USER, [user], handlers.user, self._metrics, LOCAL_READ_S, USER_MAX, USER_MAX_PER_UID),
         ]
-        if settings.callerid.enabled:
-            peers = bind_tcp(settings.callerid.listen, settings.callerid.port)
-            doors.append(
-                Doorkeeper(Door.PEER, peers, handlers.peer, self._metrics, PEER_READ_S, PEER_MAX, PEER_MAX_PER_ADDRESS)
-            )
-        if settings.metrics.enabled:
-            self._metrics.serve(settings.metrics.listen, settings.metrics.port)
         for door in doors:
             door.open()
+
+        def open_peers() -> None:
+            peers = bind_tcp(settings.callerid.listen, settings.callerid.port)
+            door = Doorkeeper(
+                Door.PEER, peers, handlers.peer, self._metrics, PEER_READ_S, PEER_MAX, PEER_MAX_PER_ADDRESS
+            )
+            doors.append(door)
+            door.open()
+
+        if settings.callerid.enabled:
+            self._shut_ports["callerid"] = open_peers
+        if settings.metrics.enabled:
+            self._shut_ports["metrics"] = lambda: self._metrics.serve(settings.metrics.listen, settings.metrics.port)
+        self._open_ports()
         return doors
+
+    def _open_ports(self) -> None:
+        """Open those of our TCP ports that are shut. One that is taken is said once, and never keeps logins waiting.
+
+        Any user can take a port above 1024 while no agent has it. An agent that would not start then leaves every
+        login to action_generic_failure, and so lets the user in who took the port.
+        """
+        for name, open_port in list(self._shut_ports.items()):
+            try:
+                open_port()
+            except OSError as error:
+                if self._port_faults.get(name) != str(error):
+                    log.error("port_unavailable", port=name, error=str(error), effect="tried again until it is free")
+                self._port_faults[name] = str(error)
+            else:
+                del self._shut_ports[name]
+                if self._port_faults.pop(name, None) is not None:
+                    log.info("port_opened", port=name)
+
+    async def _seek_ports(self) -> None:
+        while self._shut_ports:
+            await asyncio.sleep(_PORT_RETRY_S)
+            self._open_ports()
 
     def _current_desk(self) -> Desk:
         if self._desk is None:
@@ -220,7 +274,7 @@ class Service:
             if self._seal is not None:
                 continue
             try:
-                seal = await self._own_workers.run(lambda: _seal_of(settings), Deadline.after_ms(_SEAL_MS))  # noqa: B023
+                seal = await self._own_workers.run(lambda: configured_seal(settings), Deadline.after_ms(_SEAL_MS))  # noqa: B023
             except (SealError, OutOfTime, Overloaded):
                 continue
             if self._seal is None and self._config is settings:
@@ -235,13 +289,23 @@ class Service:
             self._watch.close()
         if self._seal is not None:
             self._seal.close()
-        for workers in (self._job_workers, self._seal_workers, self._slow_workers, self._own_workers):
+        for workers in self._all_workers():
             workers.close()
+
+    def _all_workers(self) -> Tuple[Workers, ...]:
+        return self._job_workers, self._seal_workers, self._slow_workers, self._own_workers
+
+
+def _make_fallback(settings: Config, workers: Workers) -> Optional[SlurmdCallerid]:
+    if settings.callerid.fallback != "slurm":
+        return None
+    conf = slurm_conf(settings)
+    return SlurmdCallerid(settings.callerid.slurm_scontrol, lambda: conf.settings().conf_file, workers)
 
 
 def _make_backend(settings: Config) -> JobBackend:
     section = settings.jobs
-    conf = SlurmConf(SlurmOverrides(section.slurm_conf, section.slurm_node_name, section.slurm_spool_dir))
+    conf = slurm_conf(settings)
     if section.backend == "slurm" or (section.backend == "auto" and conf.is_there()):
         return SlurmJobs(conf)
     return CgroupJobs(JobPath.parse_template(section.path), section.leaf)
@@ -250,17 +314,12 @@ def _make_backend(settings: Config) -> JobBackend:
 def _open_seal(settings: Config) -> Optional[Seal]:
     """The seal, or None if there is none to be had and none was named: the node then asks nobody."""
     try:
-        return _seal_of(settings)
+        return configured_seal(settings)
     except SealError as error:
         if settings.seal.scheme != "auto":
             raise ConfigError(f"[seal] scheme {settings.seal.scheme!r}: {error}") from None
         log.error("seal_unavailable", error=str(error), effect="other nodes are not asked and not answered")
         return None
-
-
-def _seal_of(settings: Config) -> Seal:
-    section = settings.seal
-    return open_seal(section.scheme, Path(section.key_file), section.munge_socket, section.ttl_s)
 
 
 def _make_directory(directory: Path) -> None:
@@ -272,10 +331,10 @@ def _make_directory(directory: Path) -> None:
         os.umask(umask)
 
 
-async def _kept_up(what: str, work: Awaitable[None]) -> None:
+async def _kept_up(what: str, work: Callable[[], Awaitable[None]]) -> None:
     """``work``, which ends with the agent only: a defect in it is seen at once, not when the agent stops."""
     try:
-        await work
+        await work()
     except Exception as error:
         log.error("background_task_failed", task=what, error=f"{type(error).__name__}: {error}")
 
@@ -293,6 +352,16 @@ def _come_before_sessions() -> None:
         Path("/proc/self/autogroup").write_text("-10")
     except OSError as error:
         log.debug("autogroup_unchanged", error=error.strerror)
+
+
+def _allow_descriptors() -> None:
+    """Let every door be full at once. 1024 descriptors, the usual soft limit, are fewer than any user can make the
+    peers' door hold; sshd would then wait at the PAM socket in vain."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = hard if hard != resource.RLIM_INFINITY and hard < _DESCRIPTORS else _DESCRIPTORS
+    resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+    if enough < _DESCRIPTORS:
+        log.warning("few_descriptors", limit=enough, expected=_DESCRIPTORS, effect="a flood may keep logins waiting")
 
 
 async def _feed_watchdog() -> None:

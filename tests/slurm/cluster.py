@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,17 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple, Type
 from adoptd.jobs.slurm_conf import HostView, SlurmConf, SlurmOverrides
 from lab import kernel
 from lab.cgroups import Group, find_hierarchies
+from lab.slurm_cgroups import remove_slurm_cgroups
+from lab.slurm_files import (
+    CGROUP_CONF,
+    EXTERN_STEP,
+    ComputeNode,
+    DaemonFiles,
+    batch_job,
+    memory_mb,
+    paths_conf,
+    slurm_conf,
+)
 from lab.waiting import until
 from slurm.holder import ADDRESS
 
@@ -42,46 +52,6 @@ class User:
 
 ALICE = User("alice", 60001)
 BOB = User("bob", 60002)
-
-SLURM_CONF = """\
-ClusterName=adoptd
-SlurmctldHost={host}({address})
-SlurmUser=slurm
-AuthType=auth/munge
-AuthInfo=socket={munge}
-CredType=cred/munge
-include {run}/etc/paths.conf
-ProctrackType=proctrack/cgroup
-TaskPlugin=task/cgroup,task/affinity
-JobAcctGatherType=jobacct_gather/cgroup
-PrologFlags=contain
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-PropagateResourceLimits=NONE
-ReturnToService=2
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
-KillWait=2
-MinJobAge=30
-JobRequeue=1
-MpiDefault=none
-NodeName={host} NodeAddr={address} CPUs={cpus} State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:1000
-"""
-
-PATHS_CONF = """\
-StateSaveLocation={run}/state
-SlurmdSpoolDir={run}/spool/%n
-SlurmctldPidFile={run}/slurmctld.pid
-SlurmdPidFile={run}/slurmd.pid
-SlurmctldLogFile={run}/slurmctld.log
-SlurmdLogFile={run}/slurmd.log
-"""
-
-CGROUP_CONF = """\
-CgroupPlugin=cgroup/v1
-ConstrainCores=yes
-ConstrainRAMSpace=yes
-"""
 
 
 class SlurmCluster:
@@ -123,10 +93,14 @@ class SlurmCluster:
             raise RuntimeError(f"{' '.join(argv)}: {err.decode(errors='replace').strip()}")
         return out.decode()
 
+    def holder_pid(self) -> int:
+        """The process whose namespaces the cluster is in."""
+        assert self._holder is not None
+        return self._holder.pid
+
     def submit(self, user: User, *options: str) -> int:
         """Submit a job that sleeps and return its id; it may not have started yet."""
-        argv = ["sbatch", "--parsable", "--output=/dev/null", "--chdir=/", *options, "--wrap=exec sleep 1000"]
-        return int(self.run(argv, user))
+        return int(self.run(batch_job(*options), user))
 
     def submit_started(self, user: User, *options: str) -> int:
         """As submit(), and wait until the job's extern step is there and its script runs."""
@@ -136,7 +110,7 @@ class SlurmCluster:
 
     def has_steps(self, job_id: int) -> bool:
         """Whether the extern step of a job has its socket, and its batch step its processes."""
-        extern = self.spool / f"{self.host}_{job_id}.4294967292"
+        extern = self.spool / f"{self.host}_{job_id}.{EXTERN_STEP}"
         return extern.exists() and bool(self.batch_pids(job_id))
 
     def batch_pids(self, job_id: int) -> List[int]:
@@ -201,15 +175,17 @@ class SlurmCluster:
             (self.run_dir / name).touch()
             os.chown(self.run_dir / name, *slurm)
         munge = self._make_munge_directories()
-        facts = {
-            "host": self.host,
-            "run": self.run_dir,
-            "munge": munge / "socket",
-            "cpus": os.cpu_count(),
-            "address": ADDRESS,
-        }
-        self.conf_file.write_text(SLURM_CONF.format(**facts))
-        (etc / "paths.conf").write_text(PATHS_CONF.format(**facts))
+        run = str(self.run_dir)
+        conf = slurm_conf(
+            (self.host, ADDRESS),
+            [ComputeNode(self.host, self.host, ADDRESS)],
+            paths_file=f"{run}/etc/paths.conf",
+            munge_socket=str(munge / "socket"),
+            cpus=os.cpu_count() or 1,
+            memory_mb=memory_mb(),
+        )
+        self.conf_file.write_text(conf)
+        (etc / "paths.conf").write_text(paths_conf(DaemonFiles(f"{run}/spool/%n", f"{run}/state", run, run)))
         (etc / "cgroup.conf").write_text(CGROUP_CONF)
         people = "".join(f"{u.name}:x:{u.uid}:{u.uid}::/:/bin/sh\n" for u in (ALICE, BOB))
         (etc / "passwd").write_text(Path("/etc/passwd").read_text() + people)
@@ -275,10 +251,7 @@ class SlurmCluster:
 def remove_run(host: str) -> None:
     """Kill what is in a run's cgroups, remove them and its directory. Missing is fine, and so is twice."""
     _group(host).remove()
-    for mount in sorted(Path("/sys/fs/cgroup").iterdir()):
-        top = mount / f"slurm_{host}"
-        for directory, _, _ in os.walk(top, topdown=False):
-            _remove_cgroup(Path(directory))
+    remove_slurm_cgroups(host)
     shutil.rmtree(RUN_PARENT / f"{PREFIX}{host}", ignore_errors=True)
 
 
@@ -293,21 +266,6 @@ def remove_dead_runs() -> None:
 
 def _group(host: str) -> Group:
     return Group(find_hierarchies(), f"/{PREFIX}{host}")
-
-
-def _remove_cgroup(directory: Path) -> None:
-    deadline = time.monotonic() + 10.0
-    while True:
-        try:
-            directory.rmdir()
-            return
-        except FileNotFoundError:
-            return
-        except OSError:
-            # EBUSY: the last of its processes is on its way out.
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
 
 
 def _account(name: str) -> Tuple[int, int]:

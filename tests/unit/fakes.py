@@ -12,7 +12,7 @@ import os
 import struct
 import threading
 import time
-from typing import Awaitable, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Awaitable, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union
 
 from adoptd.callerid import Asker, Told
 from adoptd.connections import ConnectionWitness
@@ -61,6 +61,7 @@ class FakeBackend:
     """Jobs in memory. ``adopted`` maps pids to the job they were moved into; ``tried`` lists every attempt."""
 
     name = "fake"
+    job_variable = "FAKE_JOB_ID"
 
     def __init__(self, *jobs: Job) -> None:
         self.jobs: List[Job] = list(jobs)
@@ -114,6 +115,10 @@ class FakeBackend:
     def contains(self, job: Job, pid: int) -> bool:
         self._answering()
         return self.of_process.get(pid) == job
+
+    def processes(self, job: Job, deadline: Deadline) -> Tuple[int, ...]:
+        self._answering(deadline)
+        return tuple(pid for pid, found in self.of_process.items() if found == job)
 
     def session(self, job: Job, x11: bool, namespaces: bool, deadline: Deadline) -> JobSession:
         if namespaces and self.namespaces is None:
@@ -196,11 +201,18 @@ class FakeAsker:
     def __init__(self, told: Told) -> None:
         self.told = told
         self.asked: List[Tuple[Connection, Optional[int], Optional[IPAddress]]] = []
+        self.theirs: FrozenSet[str] = frozenset()
 
     async def ask(
-        self, connection: Connection, login_uid: Optional[int], deadline: Deadline, at: Optional[IPAddress] = None
+        self,
+        connection: Connection,
+        login_uid: Optional[int],
+        deadline: Deadline,
+        at: Optional[IPAddress] = None,
+        theirs: FrozenSet[str] = frozenset(),
     ) -> Told:
         self.asked.append((connection, login_uid, at))
+        self.theirs = theirs
         return self.told
 
 

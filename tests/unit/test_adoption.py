@@ -200,6 +200,30 @@ def test_a_job_that_is_not_here_or_not_the_user_s_is_never_used(told_id: str, ac
     assert set(node.backend.tried) <= {"18"}
 
 
+@pytest.mark.parametrize("hint", ["7", "99", "017", "17\n", "", None])
+def test_a_hint_of_a_job_that_is_not_here_or_not_the_user_s_is_not_used(hint: Optional[str]) -> None:
+    """An environment can name any job: bob's here, none, or what only looks like one."""
+    node = Node(OLD, NEW, job("7", BOB), told=Told(Outcome.NO_JOB, "owner", witness=Witness.HINT, hint=hint))
+    served = node.account(Options(action_unknown=DENY))
+    assert (served.verdict, served.decision.witness, node.moved_to) == (Verdict.DENY, None, None)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.UNKNOWN, Outcome.JOB])
+def test_a_hint_beside_another_outcome_is_not_used(outcome: Outcome) -> None:
+    """Evidence that the connection comes from a job, or none at all, is not overruled by an environment."""
+    node = Node(OLD, NEW, told=Told(outcome, "owner", None, Witness.HINT, hint="17"))
+    assert node.account(Options(action_unknown=DENY)).verdict is Verdict.DENY
+
+
+def test_a_hint_of_the_user_s_job_here() -> None:
+    """ssh typed in an salloc shell on a login node: into that job, by a witness of its own."""
+    node = Node(OLD, NEW, told=Told(Outcome.NO_JOB, "owner", witness=Witness.HINT, hint="17"))
+    served = node.account(Options(action_unknown=DENY))
+    assert (served.verdict, node.moved_to) == (Verdict.SUCCESS, "17")
+    assert served.reply.summary == "reason=callerid witness=hint"
+    assert served.decision.stages[1].found == "job 17 by hint"
+
+
 @pytest.mark.parametrize("outcome", [Outcome.UNKNOWN, Outcome.NO_JOB])
 def test_a_job_beside_another_outcome_is_not_used(outcome: Outcome) -> None:
     """Only the outcome "job" names one."""
@@ -285,6 +309,7 @@ def test_the_job_that_the_source_names() -> None:
     assert served.reply.summary == "reason=callerid witness=bpf"
     assert node.asker is not None
     assert node.asker.asked == [(ENDS, ALICE, None)]
+    assert node.asker.theirs == {"17", "18"}
     assert node.counted("account", "adopted", "callerid") == 1
     assert [stage.name for stage in served.decision.stages] == ["jobs_here", "ask_source", "adopt"]
 

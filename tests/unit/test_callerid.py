@@ -25,6 +25,7 @@ from adoptd.model import Ambiguous, Connection, JobManagerError, Owner, Witness,
 from adoptd.seal import SealFault
 from adoptd.seal.key import KeySeal
 from adoptd.seal.replay import ReplayCache
+from adoptd.slurm_callerid import SlurmdFault
 from adoptd.wire import frame
 from adoptd.wire.callerid import (
     Answer,
@@ -417,6 +418,98 @@ def test_an_owner_in_no_job(node: NodeMaker) -> None:
     assert decode_answer(sealed.split(b" ", 2)[2]).outcome is Outcome.NO_JOB
 
 
+@contextlib.contextmanager
+def in_no_job(uid: int = ALICE, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of ``uid``'s with exactly this environment."""
+    argv = ["/usr/bin/python3", "-ISc", "import sys; print(flush=True); sys.stdin.read()"]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables, user=uid, group=uid
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def hint_of(node: NodeMaker, found: Owner, login_uid: Optional[int] = ALICE, hints: bool = True) -> Optional[str]:
+    """What the source node adds to "in no job" about ``found``."""
+    there = node(bpf(found))
+    there.backend.of_cgroup[CGROUP] = in_job(None)
+    inquiry = Inquiry(there.witnesses, there.backend, there.workers, hints)
+    settled = asyncio.run(inquiry.settle(ENDS, login_uid, soon()))
+    assert (settled.outcome, settled.job) == (Outcome.NO_JOB, None)
+    return settled.hint
+
+
+@pytest.mark.parametrize("value", ["", "-1", "17 ", "17\n", "../17", "a/b", "x" * 64, "\udcff"])
+def test_an_environment_that_names_no_job_id_is_no_hint(node: NodeMaker, value: str) -> None:
+    """Whatever its user has put there."""
+    with in_no_job(FAKE_JOB_ID=value) as process:
+        assert hint_of(node, owner(pid=process.pid, connected=boottime_ns())) is None
+
+
+def test_only_the_backend_s_own_variable_is_a_hint(node: NodeMaker) -> None:
+    """Another manager's job id may be the id of another job here."""
+    with in_no_job(SLURM_JOB_ID="17", XFAKE_JOB_ID="17", fake_job_id="17") as process:
+        assert hint_of(node, owner(pid=process.pid, connected=boottime_ns())) is None
+
+
+def test_a_process_of_another_user_is_no_hint(node: NodeMaker) -> None:
+    """Also root's: an environment counts for the uid that the process has now, all four of it."""
+    for uid in (BOB, 0):
+        with in_no_job(uid, FAKE_JOB_ID="17") as process:
+            assert hint_of(node, owner(pid=process.pid, connected=boottime_ns())) is None
+
+
+def test_a_process_that_came_after_the_connection_is_no_hint(node: NodeMaker) -> None:
+    """The owner has gone, and its pid is another's now; or nobody's; or was never known."""
+    with in_no_job(FAKE_JOB_ID="17") as process:
+        assert hint_of(node, owner(pid=process.pid, connected=1)) is None
+        assert hint_of(node, owner(pid=process.pid)) is None, "without a connect time, only /proc's word holds"
+        assert hint_of(node, owner()) is None
+    assert hint_of(node, owner(pid=process.pid, connected=boottime_ns())) is None
+
+
+def test_hints_can_be_switched_off_where_they_are_found(node: NodeMaker) -> None:
+    """[callerid] hint = false on the source node: no environment is read."""
+    with in_no_job(FAKE_JOB_ID="17") as process:
+        assert hint_of(node, owner(pid=process.pid, connected=boottime_ns()), hints=False) is None
+
+
+def test_an_owner_in_a_job_is_given_no_hint(node: NodeMaker) -> None:
+    """Evidence first: what the environment says of another job is not looked at."""
+    with in_no_job(FAKE_JOB_ID="18") as process:
+        settled = node(bpf(owner(pid=process.pid, connected=boottime_ns()))).settle()
+    assert (settled.outcome, settled.job, settled.hint) == (Outcome.JOB, JOB_A, None)
+
+
+def test_an_owner_in_no_job_with_a_hint(node: NodeMaker) -> None:
+    """Still "in no job", and beside it what the confirmed process's environment names; also for root's whois."""
+    with in_no_job(FAKE_JOB_ID="17", PATH="/bin") as process:
+        for login_uid in (ALICE, None):
+            assert hint_of(node, owner(pid=process.pid, connected=boottime_ns()), login_uid) == "17"
+        there = node(bpf(owner(pid=process.pid, connected=boottime_ns())))
+        there.backend.of_cgroup[CGROUP] = in_job(None)
+        sealed, _ = there.answer(sealed_by(0, question()))
+    assert decode_answer(sealed.split(b" ", 2)[2]) == Answer(NONCE, HERE, ENDS, Outcome.NO_JOB, Reason.OWNER, hint="17")
+
+
+def test_a_hint_is_not_told_where_it_is_switched_off(key: KeySeal) -> None:
+    """[callerid] hint = false on the asking node."""
+
+    def hinting(asked: Question) -> bytes:
+        return right(asked, outcome=Outcome.NO_JOB, job_id=None, witness=None, hint="17")
+
+    told, metrics, _ = ask(answering(key, hinting), key, hints=False)
+    assert told == Told(Outcome.NO_JOB, "owner")
+    told, metrics, _ = ask(answering(key, hinting), key)
+    assert told == Told(Outcome.NO_JOB, "owner", witness=Witness.HINT, hint="17")
+    labels = {"outcome": "no_job", "reason": "owner", "witness": "hint"}
+    assert sample(metrics, "adoptd_callerid_asked_total", **labels) == 1
+
+
 def test_an_owner_that_has_left_the_job_is_said_to_have_moved(node: NodeMaker) -> None:
     """The job is the one it connected from; that it is elsewhere now is said beside it."""
     there = node(bpf(owner(pid=os.getpid(), connected=boottime_ns())))
@@ -503,13 +596,16 @@ async def heard(reader: asyncio.StreamReader) -> bytes:
     return await reader.readexactly(length)
 
 
-def ask(script: Script, seal: object, timeout_ms: int = 2000, login_uid: int = ALICE) -> Tuple[Told, Metrics, float]:
+def ask(
+    script: Script, seal: object, timeout_ms: int = 2000, login_uid: int = ALICE, hints: bool = True
+) -> Tuple[Told, Metrics, float]:
     """What the asker makes of a peer, the metrics it left, and how long it took in seconds."""
 
     async def story() -> Tuple[Told, Metrics, float]:
         metrics, workers = Metrics(), Workers("seal", 2, 8)
         async with peer(script) as port:
-            asker = Asker(SealRoom(seal, workers), port, timeout_ms, metrics)  # type: ignore[arg-type]
+            rooms = SealRoom(seal, workers)  # type: ignore[arg-type]
+            asker = Asker(rooms, port, timeout_ms, metrics, hints=hints)
             started = time.monotonic()
             told = await asker.ask(ENDS, login_uid, soon(5000))
             took_s = time.monotonic() - started
@@ -768,6 +864,7 @@ def test_asker_and_responder_understand_each_other(key: KeySeal, node: NodeMaker
 
 
 def test_the_reasons_are_one_closed_set() -> None:
-    """AskFault's values and Reason's are labels of one metric: none means two things."""
-    assert not {fault.value for fault in AskFault} & {reason.value for reason in Reason}
+    """AskFault's, SlurmdFault's and Reason's values are labels of one metric: none means two things."""
+    values = [each.value for kind in (AskFault, SlurmdFault, Reason) for each in kind]
+    assert len(values) == len(set(values))
     assert {fault.value for fault in SealFault} <= {refusal.value for refusal in Refusal}

@@ -31,9 +31,9 @@ def key_file(tmp_path: Path) -> Path:
 
 def test_an_unknown_scheme_is_refused(key_file: Path) -> None:
     """Nothing is matched by prefix or case."""
-    assert SCHEMES == ("auto", "munge", "key")
-    for scheme in ("", "Munge", "mun", "none", "slurm"):
-        with pytest.raises(ValueError, match="is not one of auto, munge, key"):
+    assert SCHEMES == ("auto", "slurm", "munge", "key")
+    for scheme in ("", "Munge", "mun", "none", "auth/slurm"):
+        with pytest.raises(ValueError, match="is not one of auto, slurm, munge, key"):
             open_seal(scheme, key_file, None, 10)
 
 

@@ -8,20 +8,25 @@ import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
-from typing import Awaitable, Callable, Iterator, Optional
+from typing import Awaitable, Callable, Iterator
 
 import pytest
 from fakes import until
+from nobody import environment
 
 from adoptd import config, control, log, service
 from adoptd.client import ask_agent
+from adoptd.config import Config
 from adoptd.metrics import Metrics
-from adoptd.seal import Seal, open_seal
+from adoptd.seal import Seal
 from adoptd.server import bind_tcp
 from adoptd.service import Service
+from adoptd.slurm_site import configured_seal
 from adoptd.wire.control import Command, Result
 
 
@@ -106,15 +111,15 @@ def test_a_reload_that_waits_for_munged_keeps_nobody_waiting(site: Site, monkeyp
     """libmunge needs ten seconds to find out that munged hangs; meanwhile the agent serves."""
     waiting, go_on = threading.Event(), threading.Event()
 
-    def slow(scheme: str, key_file: Path, munge_socket: Optional[str], ttl_s: int) -> Seal:
+    def slow(settings: Config) -> Seal:
         waiting.set()
         go_on.wait(5)
-        return open_seal(scheme, key_file, munge_socket, ttl_s)
+        return configured_seal(settings)
 
     site.make_key()
 
     async def check(agent: Service) -> None:
-        monkeypatch.setattr(service, "open_seal", slow)
+        monkeypatch.setattr(service, "configured_seal", slow)
         site.write(node="n2")
         os.kill(os.getpid(), signal.SIGHUP)
         await until(waiting.is_set)
@@ -185,3 +190,33 @@ def test_only_the_journal_is_taken_for_the_journal(monkeypatch: pytest.MonkeyPat
     assert not log.is_journal()
     monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
     assert log.is_journal()
+
+
+STUCK_AT_THE_END = """
+import sys, time
+from pathlib import Path
+from adoptd.deadline import Deadline
+from adoptd.service import Service
+
+async def main(self):
+    try:
+        await self._seal_workers.run(lambda: time.sleep(30), Deadline.after_ms(50))
+    except Exception as error:
+        print(error, file=sys.stderr)
+
+Service._main = main
+Service(Path(sys.argv[1])).run()
+"""
+
+
+def test_the_end_does_not_wait_for_a_munged_that_hangs(site: Site) -> None:
+    """A restart would leave the node without an agent for as long as libmunge tries."""
+    ended = subprocess.run(
+        [sys.executable, "-c", STUCK_AT_THE_END, str(site.file)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=15,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "no result within the deadline" in ended.stderr

@@ -41,7 +41,10 @@ ANSWER: Dict[str, object] = {
     "job": "17",
     "witness": "bpf",
     "moved": False,
+    "hint": None,
 }
+
+NO_JOB: Dict[str, object] = {**ANSWER, "outcome": "no_job", "job": None, "witness": None}
 
 Message = Union[Question, Answer]
 
@@ -69,8 +72,9 @@ BAD_ANSWER = {
     "outcome": ("JOB", "unknown", "no_job", "jobs", None, *NEVER),
     "reason": ("Owner", "because", None, *NEVER),
     "job": (None, "-17", ".", "..", "../x", "a/b", "17 18", "x" * 64, 17, *NEVER),
-    "witness": ("BPF", "nobody", None, *NEVER),
+    "witness": ("BPF", "nobody", "slurmd", "hint", None, *NEVER),
     "moved": (0, 1, None, "false", 1.5, [], {}, ""),
+    "hint": ("17", 17, "../x", *NEVER),
 }
 
 
@@ -105,6 +109,29 @@ def test_no_job_is_named_without_the_outcome_job(outcome: str, job: object, witn
     """An answer that says both "unknown" and "job 17" says nothing."""
     with pytest.raises(ProtocolError, match="does not go with its job and witness"):
         wire.decode_answer(json.dumps({**ANSWER, "outcome": outcome, "job": job, "witness": witness}).encode())
+
+
+@pytest.mark.parametrize("hint", ["-17", ".", "..", "../x", "a/b", "17 18", "17\n", "", "x" * 64, 17, True, ["17"]])
+def test_a_hint_is_a_job_id(hint: object) -> None:
+    """It comes from an environment that its user wrote."""
+    with pytest.raises(ProtocolError):
+        wire.decode_answer(json.dumps({**NO_JOB, "hint": hint}).encode())
+
+
+def test_a_hint_goes_with_no_job_alone() -> None:
+    """Whose owner is in a job, or not known, is given no other."""
+    with pytest.raises(ProtocolError, match="does not go with a hint"):
+        wire.decode_answer(json.dumps({**ANSWER, "hint": "17"}).encode())
+    with pytest.raises(ProtocolError, match="does not go with a hint"):
+        wire.decode_answer(json.dumps({**NO_JOB, "outcome": "unknown", "hint": "17"}).encode())
+    assert wire.decode_answer(json.dumps({**NO_JOB, "hint": "17"}).encode()).hint == "17"
+
+
+@pytest.mark.parametrize("witness", ["slurmd", "hint"])
+def test_what_the_asking_side_calls_its_sources_is_no_agent_s_witness(witness: str) -> None:
+    """An agent that named a job "by hint" would have it pass for evidence."""
+    with pytest.raises(ProtocolError, match=f"witness {witness} is not one of an agent's"):
+        wire.decode_answer(json.dumps({**ANSWER, "witness": witness}).encode())
 
 
 def test_a_question_is_no_answer_and_an_answer_no_question() -> None:
@@ -175,7 +202,7 @@ ANSWERS = st.one_of(
         st.just(Outcome.JOB),
         st.sampled_from(Reason),
         JOB_IDS,
-        st.sampled_from(Witness),
+        st.sampled_from(sorted(wire.WITNESSES, key=lambda witness: witness.value)),
         st.booleans(),
     ),
     st.builds(
@@ -186,6 +213,15 @@ ANSWERS = st.one_of(
         st.sampled_from([Outcome.NO_JOB, Outcome.UNKNOWN]),
         st.sampled_from(Reason),
         moved=st.booleans(),
+    ),
+    st.builds(
+        Answer,
+        NONCES,
+        ADDRESSES,
+        connections(),
+        st.just(Outcome.NO_JOB),
+        st.sampled_from(Reason),
+        hint=JOB_IDS,
     ),
 )
 

@@ -72,6 +72,10 @@ class JobBackend(Protocol):
     def name(self) -> str:
         """The word for it in configuration, logs and metrics."""
 
+    @property
+    def job_variable(self) -> str:
+        """The environment variable that names a process's job, as the manager or its site sets it."""
+
     def jobs_of(self, uid: int, deadline: Deadline) -> Tuple[Job, ...]:
         """The user's jobs on this node, newest first. Raises JobManagerError: it cannot be asked, or not in time."""
 
@@ -97,6 +101,10 @@ class JobBackend(Protocol):
 
     def contains(self, job: Job, pid: int) -> bool:
         """Whether the process is in this very job (not in a later one of the same id). Raises JobManagerError."""
+
+    def processes(self, job: Job, deadline: Deadline) -> Tuple[int, ...]:
+        """Pids in the job, in no order and not always all; where the manager can tell, only of what it started
+        itself, not of sessions put in from outside. The caller checks each (contains). Raises JobManagerError."""
 
     def session(self, job: Job, x11: bool, namespaces: bool, deadline: Deadline) -> JobSession:
         """What a session in this job is given: its environment, with ``x11`` the job's X11 display, with

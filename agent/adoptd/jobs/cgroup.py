@@ -16,6 +16,7 @@ from adoptd.deadline import Deadline
 from adoptd.hierarchy import CgroupMounts, Hierarchy, HierarchyKind, path_of_id
 from adoptd.jobs import CgroupFinding, CgroupVerdict, JobSession
 from adoptd.jobs.directories import Budget, FoundJob, JobDirectories, OpenedJob
+from adoptd.jobs.environment import processes_below
 from adoptd.jobs.move import Target, move
 from adoptd.jobs.template import JobPath, parse_leaf
 from adoptd.model import AdoptionFailed, Ambiguous, Job, JobManagerError
@@ -32,6 +33,7 @@ class CgroupJobs:
     """The JobBackend for plain cgroups."""
 
     name = "cgroup"
+    job_variable = "ADOPTD_JOB_ID"
 
     def __init__(self, template: JobPath, leaf: str = "", mounts: Optional[CgroupMounts] = None) -> None:
         """``leaf`` is the cgroup below the job's that sessions go into, "" for the job's own.
@@ -143,6 +145,17 @@ class CgroupJobs:
             location is not None and (location.job_id, location.uid) == (job.id, self._path_uid(job))
             for location in locations
         )
+
+    def processes(self, job: Job, deadline: Deadline) -> Tuple[int, ...]:
+        """Pids in the job's cgroup and below it, sessions among them: a plain cgroup does not tell them apart."""
+        try:
+            with self._directories.opened(self._path_uid(job), job.id) as opened:
+                if opened is None or not self._is_still(opened, job):
+                    return ()
+                # The directory that was checked, not whichever has its path by now.
+                return processes_below(f"/proc/self/fd/{opened.descriptors[0]}")
+        except ValueError:
+            return ()
 
     def session(self, job: Job, x11: bool, namespaces: bool, deadline: Deadline) -> JobSession:
         """ADOPTD_JOB_ID; a plain cgroup has neither a display nor namespaces of its own."""

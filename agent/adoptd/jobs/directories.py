@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from adoptd.deadline import Deadline
-from adoptd.hierarchy import CgroupMounts, Hierarchy, open_root
+from adoptd.hierarchy import CgroupMounts, Hierarchy, open_root_with_status
 from adoptd.jobs.template import JobPath
 from adoptd.model import JobManagerError
 
@@ -151,10 +151,10 @@ class JobDirectories:
             parents = self._open_parents(self._template.parents(uid), stack)
             places, descriptors, faults = [], [], []
             for parent in parents:
-                descriptor = _open_below(parent.descriptor, name, parent.hierarchy)
-                if descriptor is not None:
+                below = _open_below(parent.descriptor, name, parent.hierarchy)
+                if below is not None:
+                    descriptor, status = below
                     stack.callback(os.close, descriptor)
-                    status = os.fstat(descriptor)
                     places.append(Place(parent.hierarchy, status.st_ino, status.st_uid))
                     descriptors.append(descriptor)
                     faults.extend([parent.fault] if parent.fault is not None else [])
@@ -244,22 +244,19 @@ class JobDirectories:
         return parents
 
     def _open_parent(self, hierarchy: Hierarchy, components: Sequence[str]) -> Optional[_Parent]:
-        descriptor = open_root(hierarchy)
-        try:
-            path = hierarchy.mount_point
-            fault = _fault(os.fstat(descriptor), path)
-            for name in components:
+        descriptor, status = open_root_with_status(hierarchy)
+        path = hierarchy.mount_point
+        fault = _fault(status, path)
+        for name in components:
+            try:
                 child = _open_below(descriptor, name, hierarchy)
-                if child is None:
-                    os.close(descriptor)
-                    return None
+            finally:
                 os.close(descriptor)
-                descriptor = child
-                path = f"{path}/{name}"
-                fault = fault or _fault(os.fstat(descriptor), path)
-        except BaseException:
-            os.close(descriptor)
-            raise
+            if child is None:
+                return None
+            descriptor, status = child
+            path = f"{path}/{name}"
+            fault = fault or _fault(status, path)
         return _Parent(hierarchy, descriptor, fault)
 
 
@@ -278,18 +275,19 @@ def _places(parents: Sequence[_Parent], name: str) -> Tuple[List[Place], List[st
     return places, faults
 
 
-def _open_below(parent: int, name: str, hierarchy: Hierarchy) -> Optional[int]:
-    """A directory of the hierarchy right below ``parent``; None if there is none of that name."""
+def _open_below(parent: int, name: str, hierarchy: Hierarchy) -> Optional[Tuple[int, os.stat_result]]:
+    """A directory of the hierarchy right below ``parent`` and its fstat(2); None if there is none of that name."""
     try:
         descriptor = os.open(name, _OPEN_FLAGS, dir_fd=parent)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise JobManagerError(f"{name} in hierarchy {hierarchy.label}: {error.strerror}") from None
-    if os.fstat(descriptor).st_dev != hierarchy.device:
+    status = os.fstat(descriptor)
+    if status.st_dev != hierarchy.device:
         os.close(descriptor)
         return None
-    return descriptor
+    return descriptor, status
 
 
 def _fault(status: os.stat_result, path: str) -> Optional[str]:

@@ -15,9 +15,10 @@ from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple
 from adoptd.deadline import Deadline
 from adoptd.hierarchy import CgroupMounts, Hierarchy, HierarchyKind, path_of_id
 from adoptd.jobs import CgroupFinding, CgroupVerdict, JobSession
+from adoptd.jobs.environment import processes_below
 from adoptd.jobs.slurm_conf import SlurmConf
 from adoptd.jobs.slurm_paths import NamedJob
-from adoptd.jobs.slurm_spool import STEP_MS, Silent, Spool, Step
+from adoptd.jobs.slurm_spool import STEP_MS, Silent, Spool, Step, Steps
 from adoptd.jobs.slurm_step import StepConnection, StepError, StepSilent
 from adoptd.jobs.slurm_turns import Turns
 from adoptd.jobs.slurm_wire import Namespace, StepState, X11Display
@@ -37,6 +38,7 @@ class SlurmJobs:
     """The JobBackend for Slurm."""
 
     name = "slurm"
+    job_variable = "SLURM_JOB_ID"
 
     def __init__(
         self,
@@ -175,6 +177,22 @@ class SlurmJobs:
         entered = self.namespaces(job, deadline) if namespaces else ()
         return JobSession(environment, [namespace.descriptor for namespace in entered])
 
+    def processes(self, job: Job, deadline: Deadline) -> Tuple[int, ...]:
+        """Pids in the job's steps other than the extern step, which is where sessions are. Raises JobManagerError."""
+        found = self._spool.steps(deadline.earlier(self._step_ms), job_id=int(job.id))
+        _raise_for(found.silent)
+        step = next((step for step in found.steps if _is_of(step, job)), None)
+        paths = self._conf.settings().paths
+        for home in self._homes(job, step.sluid) if step is not None else ():
+            pids: List[int] = []
+            for extern in paths.extern_steps(home.kind, job.uid, int(job.id), step.sluid if step else None):
+                directory, _, own = (home.mount_point + extern).rpartition("/")
+                steps = (name for name in _entries(directory) if name.startswith("step_") and name != own)
+                pids += (pid for name in steps for pid in processes_below(f"{directory}/{name}"))
+            if pids:
+                return tuple(pids)
+        return ()
+
     def for_node(self, node_name: str) -> SlurmJobs:
         """The jobs of the slurmd with this NodeName (PAM's nodename= option); "" is the one that was found."""
         if not node_name:
@@ -298,7 +316,11 @@ class SlurmJobs:
 
     def _believed(self, named: NamedJob) -> Optional[Job]:
         """The job of a path, if its extern step is here and says the same. Raises JobManagerError."""
-        found = self._spool.steps(Deadline.after_ms(self._step_ms), job_id=named.job_id)
+        known = None if named.job_id is None else self._spool.remembered(named.job_id)
+        if known is not None:
+            found = Steps((known,), ())
+        else:
+            found = self._spool.steps(Deadline.after_ms(self._step_ms), job_id=named.job_id)
         for step in found.steps:
             if named.job_id is None and (step.sluid is None or step.sluid != named.sluid):
                 continue

@@ -59,7 +59,7 @@ class SlurmSettings:
     """What is in force on this node. ``node_name_certain`` is False where only the host name spoke for it.
 
     ``trusted_uids`` are root, SlurmUser and SlurmdUser: who may own a step's socket and listen on it.
-    ``auth_type`` and ``auth_info`` are AuthType and AuthInfo, for a seal that is to be the site's own.
+    ``auth_type``, ``auth_info`` and ``cluster_name`` are for a seal that is to be the site's own.
     """
 
     conf_file: Optional[str]
@@ -69,6 +69,7 @@ class SlurmSettings:
     trusted_uids: FrozenSet[int]
     auth_type: str
     auth_info: str
+    cluster_name: str
     paths: SlurmPaths
 
 
@@ -174,7 +175,8 @@ class SlurmConf:
             "/" + cgroup.get("cgroupprepend", DEFAULT_PREPEND).strip("/"),
         )
         auth_type, auth_info = text.values.get("authtype", "auth/munge"), text.values.get("authinfo", "")
-        settings = SlurmSettings(file, node_name, certain, spool, trusted, auth_type, auth_info, paths)
+        cluster = text.values.get("clustername", "")
+        settings = SlurmSettings(file, node_name, certain, spool, trusted, auth_type, auth_info, cluster, paths)
         return settings, text.files + (() if beside is None else (beside,))
 
     def _find_file(self, of_slurmd: Optional[str]) -> Optional[str]:

@@ -121,6 +121,23 @@ class Spool:
                     silent.append(Silent(file.job_id, str(answer)))
         return Steps(tuple(found.values()), tuple(silent))
 
+    def remembered(self, job_id: int) -> Optional[Step]:
+        """The job's extern step as it once said itself, without asking it again; None if it has to be asked.
+
+        Whose a step is never changes: the same socket and the same living daemon are the same step. A step that
+        competes with its own job's processes for a core may need longer to answer than a login may take. Only for
+        the question which job something is in; ``state`` is None. Raises JobManagerError as steps() does.
+        """
+        with self._opened() as (directory, settings):
+            files = [file for file in self._files(directory, settings) if file.job_id == job_id]
+        with self._lock:
+            known = [self._known.get(file) for file in files]
+        # Two sockets of one job: one is left over, and only asking tells which.
+        step = known[0] if len(known) == 1 else None
+        if step is None or started_ns(step.daemon_pid, self._proc_root) != step.daemon_started_ns:
+            return None
+        return replace(step, state=None)
+
     @contextmanager
     def connected(self, job: Job, deadline: Deadline) -> Iterator[Tuple[StepConnection, Step]]:
         """A connection to the extern step of this very job, and what the step says.

@@ -21,6 +21,7 @@ from adoptd.seal.values import (
     Seal,
     SealError,
     SealFault,
+    SlurmSite,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Seal",
     "SealError",
     "SealFault",
+    "SlurmSite",
     "open_seal",
 ]
 
@@ -43,6 +45,8 @@ class _Settings:
     key_file: Path
     munge_socket: Optional[str]
     ttl_s: int
+    slurm: Optional[SlurmSite]
+    slurm_key_file: Optional[Path]
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,27 @@ class _Scheme:
     make: Callable[[_Settings], Seal]
 
 
-def open_seal(scheme: str, key_file: Path, munge_socket: Optional[str], ttl_s: int) -> Seal:
+def open_seal(
+    scheme: str,
+    key_file: Path,
+    munge_socket: Optional[str],
+    ttl_s: int,
+    slurm: Optional[SlurmSite] = None,
+    slurm_key_file: Optional[Path] = None,
+) -> Seal:
     """The Seal for ``scheme``: a name in SCHEMES.
 
-    "auto" takes the first scheme that is set up here: MUNGE if its library is installed and munged
-    answers (a stopped munged makes this wait, see MungeSeal), else the key file if there is one. A key
-    file that is there but wrong is an error, not a reason to look further. An empty or None
-    ``munge_socket`` is libmunge's own default. ``ttl_s`` is in 1..TTL_MAX_S seconds.
+    "auto" takes the first scheme that is set up here: Slurm's key if ``slurm`` says AuthType=auth/slurm and there
+    is one, MUNGE if its library is installed and munged answers (a stopped munged makes this wait, see MungeSeal),
+    else the key file if there is one. A key file that is there but wrong is an error, not a reason to look further.
+    An empty or None ``munge_socket`` is the one that ``slurm`` names, else libmunge's own default; None as
+    ``slurm_key_file`` is the one found beside slurm.conf. ``ttl_s`` is in 1..TTL_MAX_S seconds.
 
     Raises SealError naming what was found in every place looked at, ValueError for an unknown scheme
     or a ttl_s out of range. "munge" with munged not running is no error here: it may start later.
     """
-    settings = _Settings(key_file, munge_socket or None, ttl_s)
+    socket = munge_socket or (None if slurm is None else slurm.munge_socket())
+    settings = _Settings(key_file, socket, ttl_s, slurm, slurm_key_file)
     if scheme != AUTO:
         for candidate in _SCHEMES:
             if candidate.name == scheme:
@@ -78,6 +91,34 @@ def open_seal(scheme: str, key_file: Path, munge_socket: Optional[str], ttl_s: i
             return candidate.make(settings)
         found.append(f"{candidate.name}: {reason}")
     raise SealError(SealFault.UNAVAILABLE, f"no scheme to seal with is set up here ({'; '.join(found)})")
+
+
+def _slurm_missing(settings: _Settings) -> Optional[str]:
+    if settings.slurm is None:
+        return "there is no slurm.conf here"
+    if settings.slurm.auth_type != "auth/slurm":
+        return f"AuthType is {settings.slurm.auth_type}"
+    return None if _slurm_key_file(settings.slurm, settings) is not None else _no_slurm_key(settings.slurm)
+
+
+def _slurm_key_file(site: SlurmSite, settings: _Settings) -> Optional[Path]:
+    return settings.slurm_key_file or site.key_file()
+
+
+def _no_slurm_key(site: SlurmSite) -> str:
+    return f"neither slurm.jwks nor slurm.key is in {' or '.join(map(str, site.conf_dirs))}"
+
+
+def _make_slurm(settings: _Settings) -> Seal:
+    from adoptd.seal.slurm import SlurmSeal
+
+    site = settings.slurm
+    if site is None:
+        raise SealError(SealFault.UNAVAILABLE, "there is no slurm.conf here, which names the cluster")
+    path = _slurm_key_file(site, settings)
+    if path is None:
+        raise SealError(SealFault.UNAVAILABLE, _no_slurm_key(site))
+    return SlurmSeal(path, settings.ttl_s, site.cluster, site.owners)
 
 
 def _munge_missing(settings: _Settings) -> Optional[str]:
@@ -112,6 +153,7 @@ def _make_key(settings: _Settings) -> Seal:
 
 # In the order in which "auto" tries them.
 _SCHEMES: Tuple[_Scheme, ...] = (
+    _Scheme("slurm", _slurm_missing, _make_slurm),
     _Scheme("munge", _munge_missing, _make_munge),
     _Scheme("key", _key_missing, _make_key),
 )

@@ -1,15 +1,17 @@
 """What every sealing scheme shares: its faults, its result, its bounds and its interface.
 
-Owns no cryptography and no I/O. Apart from :mod:`adoptd.seal` itself so that a scheme imports this
-and never the package that chooses between schemes.
+Owns no cryptography, and no I/O but to see which of Slurm's keys there is. Apart from :mod:`adoptd.seal`
+itself so that a scheme imports this and never the package that chooses between schemes.
 """
 
 from __future__ import annotations
 
 import enum
+import os
 from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import Optional, Protocol
+from pathlib import Path
+from typing import FrozenSet, Optional, Protocol, Tuple
 
 from adoptd.model import AdoptdError
 from adoptd.wire.frame import CALLERID_MAX_BYTES
@@ -62,6 +64,36 @@ class Opened:
     payload: bytes
     uid: int
     address: Optional[IPv4Address]
+
+
+@dataclass(frozen=True)
+class SlurmSite:
+    """What the site's slurm.conf says of how Slurm's own messages are sealed.
+
+    ``conf_dirs``: where the key may be, first looked at first. ``owners``: SlurmUser and SlurmdUser, who may own it.
+    """
+
+    auth_type: str
+    auth_info: str
+    conf_dirs: Tuple[Path, ...]
+    cluster: str
+    owners: FrozenSet[int]
+
+    def key_file(self) -> Optional[Path]:
+        """slurm.jwks where there is one, before slurm.key, as auth/slurm has it; None if there is neither."""
+        for directory in self.conf_dirs:
+            for name in ("slurm.jwks", "slurm.key"):
+                if os.path.lexists(directory / name):
+                    return directory / name
+        return None
+
+    def munge_socket(self) -> Optional[str]:
+        """The socket of AuthInfo (slurm.conf(5)), where it names one."""
+        for option in self.auth_info.split(","):
+            name, _, value = option.strip().partition("=")
+            if name.lower() == "socket" and value.startswith("/"):
+                return value
+        return None
 
 
 class Seal(Protocol):

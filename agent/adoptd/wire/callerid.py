@@ -32,8 +32,27 @@ _NONCE = re.compile(r"[0-9a-f]{32}")
 
 _QUESTION_KEYS = frozenset({"v", "type", "nonce", "to", "src", "sport", "dst", "dport", "uid"})
 _ANSWER_KEYS = frozenset(
-    {"v", "type", "nonce", "host", "src", "sport", "dst", "dport", "outcome", "reason", "job", "witness", "moved"}
+    {
+        "v",
+        "type",
+        "nonce",
+        "host",
+        "src",
+        "sport",
+        "dst",
+        "dport",
+        "outcome",
+        "reason",
+        "job",
+        "witness",
+        "moved",
+        "hint",
+    }
 )
+
+
+# The others are what the asking node says of an answer, and no agent's word.
+WITNESSES = frozenset({Witness.BPF, Witness.DIAG, Witness.CONNTRACK, Witness.PROC})
 
 
 class Outcome(enum.Enum):
@@ -78,7 +97,8 @@ class Answer:
     """The source node's word on a :class:`Question`, repeating its nonce and connection.
 
     ``responder`` is the address at which the answering node was reached. ``job_id`` and ``witness``
-    go with Outcome.JOB. ``moved``: the owner has left the job's cgroup since it connected.
+    go with Outcome.JOB. ``moved``: the owner has left the job's cgroup since it connected. ``hint`` goes with
+    Outcome.NO_JOB: a job that the environment of the owner, a process of the login user's, names.
     """
 
     nonce: str
@@ -89,6 +109,7 @@ class Answer:
     job_id: Optional[str] = None
     witness: Optional[Witness] = None
     moved: bool = False
+    hint: Optional[str] = None
 
 
 def encode_question(question: Question) -> bytes:
@@ -131,6 +152,7 @@ def encode_answer(answer: Answer) -> bytes:
             "job": answer.job_id,
             "witness": None if answer.witness is None else answer.witness.value,
             "moved": answer.moved,
+            "hint": answer.hint,
         }
     )
 
@@ -151,14 +173,20 @@ def decode_answer(payload: bytes) -> Answer:
             job_id=job_id,
             witness=None if witness is None else Witness(witness),
             moved=fields.boolean("moved"),
+            hint=fields.optional_text("hint", JOB_ID_MAX),
         )
     except ValueError as error:
         raise ProtocolError(f"answer: {error}") from None
     named = answer.outcome is Outcome.JOB
     if (answer.job_id is not None) != named or (answer.witness is not None) != named:
         raise ProtocolError(f"answer: outcome {answer.outcome.value} does not go with its job and witness")
-    if answer.job_id is not None and not is_job_id(answer.job_id):
-        raise ProtocolError(f"answer: job {answer.job_id!r} is not a job id")
+    if answer.hint is not None and answer.outcome is not Outcome.NO_JOB:
+        raise ProtocolError(f"answer: outcome {answer.outcome.value} does not go with a hint")
+    for job in (answer.job_id, answer.hint):
+        if job is not None and not is_job_id(job):
+            raise ProtocolError(f"answer: job {job!r} is not a job id")
+    if answer.witness is not None and answer.witness not in WITNESSES:
+        raise ProtocolError(f"answer: witness {answer.witness.value} is not one of an agent's")
     return answer
 
 
