@@ -14,7 +14,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import FrozenSet, List, Mapping, Optional, Set, Tuple
+from typing import FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
 
 # v1 controllers that a job manager would use. Not cpuset: no process can enter before its CPUs and nodes are set.
 V1_CONTROLLERS = ("memory", "pids", "freezer")
@@ -31,7 +31,9 @@ class Hierarchy:
     mount: Path
 
 
-def find_hierarchies(mountinfo: Path = Path("/proc/self/mountinfo")) -> Tuple[Hierarchy, ...]:
+def find_hierarchies(
+    mountinfo: Path = Path("/proc/self/mountinfo"), wanted: Sequence[str] = V1_CONTROLLERS
+) -> Tuple[Hierarchy, ...]:
     """The hierarchies jobs are made in, v2 first. Raises RuntimeError if there is none to write to."""
     found: List[Hierarchy] = []
     for line in mountinfo.read_text(encoding="utf-8").splitlines():
@@ -44,7 +46,7 @@ def find_hierarchies(mountinfo: Path = Path("/proc/self/mountinfo")) -> Tuple[Hi
         if kind == "cgroup2":
             name: Optional[str] = V2
         elif kind == "cgroup":
-            controllers = [c for c in options.split(",") if c in V1_CONTROLLERS]
+            controllers = [c for c in options.split(",") if c in wanted]
             name = ",".join(controllers) if controllers else None
         else:
             name = None

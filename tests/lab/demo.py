@@ -15,9 +15,10 @@ from typing import Dict, Sequence, TextIO
 
 from lab import kept
 from lab.lab import Lab
-from lab.nodes import NODES_MAX, Cluster, new_run_id, remove_dead_runs
+from lab.nodes import NODES_MAX, Cluster
 from lab.outcome import Outcome
-from lab.scenarios import SCENARIOS, claim_of
+from lab.runs import new_run_id, remove_dead_runs
+from lab.scenarios import ALL_SCENARIOS, SCENARIOS, claim_of
 from lab.show import print_table, run_all, sample_metrics, verdict
 from lab.supervisor import Supervisor, run_supervised
 
@@ -33,11 +34,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=2, metavar="N", help="how many nodes (default 2)")
     parser.add_argument("--only", action="append", metavar="NAME", help="only this scenario; may be given again")
     parser.add_argument("--seal", choices=("munge", "key"), default="munge", help="how agents seal (default munge)")
+    parser.add_argument("--slurm", action="store_true", help="jobs of a real Slurm, and the scenarios about it")
     parser.add_argument("--list", action="store_true", help="list the scenarios and what each shows")
     options = parser.parse_args(arguments)
+    options.scenarios = ALL_SCENARIOS if options.slurm else SCENARIOS
     for name in options.only or []:
-        if name not in SCENARIOS:
-            parser.error(f"no scenario {name!r}; there are: {', '.join(SCENARIOS)}")
+        if name not in options.scenarios:
+            parser.error(f"no scenario {name!r}; there are: {', '.join(options.scenarios)}")
     if not 2 <= options.nodes <= NODES_MAX:
         parser.error(f"--nodes {options.nodes}: expected 2 to {NODES_MAX}")
     return options
@@ -56,19 +59,18 @@ def _print_document(
 def _demonstrate(options: argparse.Namespace, run_id: str, supervisor: Supervisor, out: TextIO) -> int:
     started = time.monotonic()
     remove_dead_runs()
-    with Cluster(options.nodes, seal=options.seal, run_id=run_id) as cluster:
+    with Cluster(options.nodes, seal=options.seal, run_id=run_id, slurm=options.slurm) as cluster:
         lab = Lab(cluster)
-        layout = " + ".join(hierarchy.name for hierarchy in cluster.group.hierarchies)
         out.write(f"run {run_id}: {options.nodes} nodes are up after {time.monotonic() - started:.1f} s; ")
-        out.write(f"jobs are cgroups ({layout}), agents seal with {options.seal}\n\n")
-        outcomes = run_all(lab, options.only or list(SCENARIOS), out)
+        out.write(f"jobs are {lab.kind.described}, agents seal with {options.seal}\n\n")
+        outcomes = run_all(lab, options.only or list(options.scenarios), out)
         metrics = sample_metrics(lab)
         print_table(outcomes, out)
         out.write("\nsome of node2's metrics:\n" + "".join(f"  {line}\n" for line in metrics))
         seconds = time.monotonic() - started
         status = 0 if all(outcome.ok for outcome in outcomes.values()) else 1
         if options.json:
-            _print_document(options, outcomes, metrics, {"cgroups": layout, "seconds": round(seconds, 2)})
+            _print_document(options, outcomes, metrics, {"jobs": lab.kind.described, "seconds": round(seconds, 2)})
         if not options.keep:
             out.write(f"\n{verdict(outcomes)}, in {seconds:.1f} s\n")
             out.flush()
@@ -87,7 +89,7 @@ def main() -> int:
     options = _parse(sys.argv[1:])
     out = sys.stderr if options.json else sys.stdout
     if options.list:
-        out.write("".join(f"{name}: {claim_of(name)}\n" for name in SCENARIOS))
+        out.write("".join(f"{name}: {claim_of(name)}\n" for name in options.scenarios))
         return 0
     if os.geteuid() != 0:
         sys.stderr.write("demo: namespaces, cgroups and BPF need root: sudo ./dev demo\n")

@@ -74,7 +74,7 @@ PasswordAuthentication no
 KbdInteractiveAuthentication yes
 PermitRootLogin prohibit-password
 # Scenarios log in many times at once; the default drops connections from the tenth on.
-MaxStartups 200
+MaxStartups 1000
 UseDNS no
 PrintMotd no
 PrintLastLog no
@@ -126,11 +126,11 @@ def access_conf(allowed: User) -> str:
 
 
 def agent_toml(jobs_path: str, seal: str) -> str:
-    """The agent's configuration: everything that is not named here is its default."""
+    """The agent's configuration: everything that is not named here is its default. No ``jobs_path``: Slurm's jobs."""
+    jobs = f'backend = "cgroup"\npath = "{jobs_path}"' if jobs_path else 'backend = "slurm"'
     return f"""\
 [jobs]
-backend = "cgroup"
-path = "{jobs_path}"
+{jobs}
 
 [seal]
 scheme = "{seal}"

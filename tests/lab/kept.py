@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from pathlib import Path
 from typing import Sequence, TextIO
 
 from lab.etc_files import ALICE
 from lab.lab import Lab
 from lab.node import PATH, PYTHON, Node
 from lab.node_runner import SOURCE_IN_NODE
-from lab.nodes import RUN_PARENT, RUN_PREFIX, read_states, remove_run
+from lab.runs import read_states, remove_run, run_directory
 from lab.waiting import until
 
 IN_JOB = "/run/in-job"
@@ -21,7 +20,7 @@ DOWN_TIMEOUT_S = 20.0
 
 def _in_job_script(lab: Lab, node: Node) -> str:
     """A shell script: its process enters the job in every hierarchy, becomes alice, and runs a command."""
-    files = " ".join(f'"{name}"' for name in lab.job(node, ALICE, "$job").procs_files())
+    files = " ".join(f'"{name}"' for name in lab.kind.place(node, ALICE, "$job").procs_files())
     return f"""\
 #!/bin/sh
 # Run a command as alice inside one of her jobs: {IN_JOB} JOB COMMAND...
@@ -44,7 +43,7 @@ def _tool_script(name: str) -> str:
 
 def prepare(lab: Lab) -> None:
     """Put the scripts that print_how_to_try() speaks of into every node."""
-    for node in lab.cluster.nodes:
+    for node in lab.cluster.hosts:
         lab.pam("action_unknown=newest", node=node)
         node.write(IN_JOB, _in_job_script(lab, node), mode=0o755)
         for name in ("adoptd", "adoptctl"):
@@ -57,8 +56,8 @@ def print_how_to_try(lab: Lab, jobs: Sequence[str], out: TextIO) -> None:
     job = jobs[0]
     out.write(f"\nrun {lab.cluster.run_id} stays up; {ALICE.name} has the jobs {' and '.join(jobs)} on every node.\n")
     for node in lab.cluster.nodes:
-        out.write(f"  enter {node.name}:  nsenter -t {node.runner.pid} -m -n -u -r\n")
-    inside = f"nsenter -t {first.runner.pid} -m -n -u -r"
+        out.write(f"  enter {node.name}:  nsenter -t {node.runner_pid} -m -n -u -r\n")
+    inside = f"nsenter -t {first.runner_pid} -m -n -u -r"
     out.write(f"  from inside a job:  {inside} {IN_JOB} {job} ssh {second.name} cat /proc/self/cgroup\n")
     out.write(f"  from no job:        {inside} su - {ALICE.name} -c 'ssh {second.name} cat /proc/self/cgroup'\n")
     out.write(f"  ask the agent:      {inside} /run/adoptctl-demo status\n")
@@ -67,7 +66,7 @@ def print_how_to_try(lab: Lab, jobs: Sequence[str], out: TextIO) -> None:
 
 
 def _take_down_one(run_id: str, pid: int) -> None:
-    directory = Path(RUN_PARENT) / f"{RUN_PREFIX}{run_id}"
+    directory = run_directory(run_id)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     try:
@@ -85,7 +84,8 @@ def take_down(wanted: str, out: TextIO) -> int:
         out.write(f"no run {wanted} here; there are: {' '.join(sorted(states)) or 'none'}\n")
         return 1
     removed = 0
-    for run_id, (pid, kept) in states.items():
+    for run_id, state in states.items():
+        pid, kept = state.supervisor, state.kept
         if wanted not in ("", run_id) or (not wanted and pid is not None and not kept):
             continue
         if pid is None:

@@ -18,6 +18,9 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWNET = 0x40000000
 
+# include/uapi/linux/nsfs.h: _IOR(0xb7, 13, __u64), since 6.18
+NS_GET_ID = 0x8008B70D
+
 # include/uapi/linux/mount.h
 MS_RDONLY = 0x1
 MS_NOSUID = 0x2
@@ -49,6 +52,15 @@ def unshare(flags: int) -> None:
 def setns(namespace_fd: int, kind: int) -> None:
     """setns(2): ``kind`` is the CLONE_NEW* the descriptor must be of. Raises OSError."""
     _check(_libc.setns(namespace_fd, kind), f"setns({kind:#x})")
+
+
+def namespace_id(kind: str) -> Optional[int]:
+    """The number of our namespace of this kind ("mnt", "uts"...); None where the kernel does not tell."""
+    number = ctypes.c_uint64()
+    with open(f"/proc/self/ns/{kind}", "rb") as file:
+        if _libc.ioctl(file.fileno(), ctypes.c_ulong(NS_GET_ID), ctypes.byref(number)) != 0:
+            return None
+    return number.value
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:

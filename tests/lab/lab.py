@@ -7,17 +7,16 @@ landed is read inside the session, from its own /proc/self/cgroup, and never fro
 from __future__ import annotations
 
 import contextlib
-import re
 import subprocess
 import time
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import ContextManager, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from lab.cgroups import V2, Group, paths_of_process
 from lab.etc_files import ALICE, User
+from lab.job_kinds import CgroupJobs, JobKind
 from lab.node import LogTail, Node, PamRecord
 from lab.nodes import Cluster
-from lab.waiting import until
+from lab.slurm_jobs import SlurmJobs
 
 # What a session is asked to say about itself.
 REPORT = "hostname; cat /proc/self/cgroup"
@@ -70,7 +69,11 @@ class Lab:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self._last_job = 100
+        self.kind: JobKind
+        if cluster.slurm is not None:
+            self.kind = SlurmJobs(cluster.slurm)
+        else:
+            self.kind = CgroupJobs([hierarchy.name for hierarchy in cluster.group.hierarchies])
 
     @property
     def first(self) -> Node:
@@ -88,63 +91,15 @@ class Lab:
     def jobs(self, count: int, *, user: User = ALICE, on: Optional[Sequence[Node]] = None) -> Iterator[Tuple[str, ...]]:
         """New jobs of a user, oldest first, on both nodes unless named; ended and removed on leaving."""
         nodes = tuple(on) if on is not None else (self.first, self.second)
-        ids: List[str] = []
+        ids = self.kind.start(count, user, nodes)
         try:
-            for _ in range(count):
-                self._last_job += 1
-                ids.append(str(self._last_job))
-                for node in nodes:
-                    self.make_job(node, user, ids[-1])
-            yield tuple(ids)
+            yield ids
         finally:
-            for node in nodes:
-                for job in ids:
-                    self.job(node, user, job).remove()
-                self._jobs_of(node, user).remove()
+            self.kind.end(ids, user, nodes)
 
-    def _jobs_of(self, node: Node, user: User) -> Group:
-        return node.group.child("jobs").child(f"uid_{user.uid}")
-
-    def job(self, node: Node, user: User, job: str) -> Group:
-        """The cgroup of a job."""
-        return self._jobs_of(node, user).child(f"job_{job}")
-
-    def make_job(self, node: Node, user: User, job: str) -> Group:
-        """Make the cgroup of a job. Its creation time differs from every earlier job's."""
-        parent = self._jobs_of(node, user).make()
-        made = self.job(node, user, job)
-        earlier = {d.stat().st_mtime_ns for top in parent.directories() for d in top.iterdir() if d.is_dir()}
-
-        def differs() -> bool:
-            # The kernel stamps directories with its tick, up to 10 ms long.
-            made.make()
-            if earlier.isdisjoint(d.stat().st_mtime_ns for d in made.directories()):
-                return True
-            made.remove()
-            return False
-
-        until(differs, f"a creation time of its own for job {job}")
-        return made
-
-    @contextlib.contextmanager
-    def broken_job(self, node: Node) -> Iterator[str]:
-        """A job of alice's that no process can be put into: the kernel answers EOPNOTSUPP.
-
-        In cgroup v2, a group beside a threaded one is "domain invalid" (cgroup-v2.rst, Threads) until made
-        threaded too. It is all there for the agent to see, but cannot take a process.
-        """
-        if all(hierarchy.name != V2 for hierarchy in node.group.hierarchies):
-            raise RuntimeError("a job that refuses processes is made with cgroup v2, and there is none here")
-        self._last_job += 1
-        job = str(self._last_job)
-        parent = self._jobs_of(node, ALICE)
-        threaded = parent.child("threaded").make()
-        try:
-            (threaded.directories()[0] / "cgroup.type").write_text("threaded", encoding="ascii")
-            self.job(node, ALICE, job).make()
-            yield job
-        finally:
-            parent.remove()
+    def broken_job(self, node: Node) -> ContextManager[str]:
+        """A job of alice's that no process can be put into."""
+        return self.kind.broken(node, self.login)
 
     # Logins
 
@@ -166,7 +121,7 @@ class Lab:
         ``to`` is a host name of the nodes, the second node by default. ``job_of`` owns the job, ``user`` by default.
         """
         node = source or self.first
-        group = self.job(node, job_of or user, job) if job is not None else None
+        group = self.kind.place(node, job_of or user, job) if job is not None else None
         destination = f"{user.name}@{to or self.second.name}"
         argv = ["ssh", *options, destination, command]
         return Session(self, node.popen(argv, user=process_user or user, group=group, env=env))
@@ -191,19 +146,13 @@ class Lab:
     def landed(self, report: str) -> Optional[str]:
         """Read a session's report: which job it is in, in every hierarchy. None if there is no report."""
         name, _, cgroups = report.partition("\n")
-        node = next((node for node in self.cluster.nodes if node.name == name.strip()), None)
+        node = next((node for node in self.cluster.hosts if node.name == name.strip()), None)
         if node is None or not cgroups.strip():
             return None
-        found: Dict[str, Optional[str]] = {}
-        pattern = re.compile(re.escape(f"{node.group.path}/jobs/") + r"uid_\d+/job_(\w+)(?:/.*)?")
-        paths = paths_of_process(cgroups)
-        for hierarchy in node.group.hierarchies:
-            match = pattern.fullmatch(paths.get(hierarchy.name, ""))
-            found[hierarchy.name] = match[1] if match else None
-        jobs = set(found.values())
-        if len(jobs) != 1:
-            return f"torn between {found} on {node.name}"
-        job = jobs.pop()
+        try:
+            job = self.kind.job_in(node, cgroups)
+        except ValueError as torn:
+            return f"{torn} on {node.name}"
         return f"no job on {node.name}" if job is None else f"job {job} on {node.name}"
 
     # Conditions
@@ -221,6 +170,20 @@ class Lab:
         finally:
             if not node.agent_is_up():
                 node.start_agent()
+
+    @contextlib.contextmanager
+    def agent_settings(self, node: Node, text: str) -> Iterator[None]:
+        """The agent of this node with more configuration, until leaving."""
+        file = "/etc/adoptd/conf.d/90-scenario.toml"
+        node.write(file, text)
+        node.stop("agent")
+        try:
+            node.start_agent()
+            yield
+        finally:
+            node.path(file).unlink()
+            node.stop("agent")
+            node.start_agent()
 
     @contextlib.contextmanager
     def packets_dropped(self, node: Node) -> Iterator[None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import FrozenSet, List
 
 from lab.cgroups import V2, find_hierarchies
-from lab.nodes import RUN_PARENT, RUN_PREFIX
+from lab.runs import RUN_PARENT, RUN_PREFIX
 
 # include/uapi/linux/bpf.h
 BPF_PROG_QUERY = 16

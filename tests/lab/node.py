@@ -15,7 +15,7 @@ import subprocess
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Callable, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
 from lab import kernel
 from lab.cgroups import Group
@@ -27,6 +27,9 @@ PYTHON = "/usr/bin/python3"
 SSHD = "/usr/sbin/sshd"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 STOP_TIMEOUT_S = 5.0
+# Where the host can, each kind of service has its own share of the CPU, as systemd's services have: otherwise the sshd
+# of every connection would get as much as the one slurmd that all of them wait for.
+CPU_SHARES = {"agent": 8192, "munged": 8192, "slurmctld": 1024, "slurmd": 8192, "sshd": 1024}
 # Twenty logins at once keep two cores busy with key exchanges alone; the agent's answer is due in 300 ms all the same.
 # Between sessions nice(2) counts for nothing: each is a group of its own with an equal share (sched(7), autogroup).
 NICE_OF_SERVICES = -10
@@ -66,6 +69,29 @@ class LogTail:
             return file.read().decode(errors="replace").split("\n")[:-1]
 
 
+class Place(Protocol):
+    """Cgroups that a process can be started in: a job's, or a node's daemons'."""
+
+    def procs_files(self) -> Tuple[str, ...]:
+        """The files a process writes its pid to so as to enter, in order."""
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two places at once; where both have a hierarchy, the second is where the process ends up."""
+
+    first: Place
+    second: Place
+
+    def procs_files(self) -> Tuple[str, ...]:
+        return (*self.first.procs_files(), *self.second.procs_files())
+
+
+def environment_of(user: User) -> Dict[str, str]:
+    """What a process of this user's starts with."""
+    return {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, "PATH": PATH, "LANG": "C.UTF-8"}
+
+
 def _go_first() -> None:
     # A container may lack CAP_SYS_NICE, a kernel the file; the scenarios work without, only closer to their limits.
     with contextlib.suppress(OSError):
@@ -74,24 +100,23 @@ def _go_first() -> None:
 
 
 class Node:
-    """A node whose namespaces exist: ``runner`` is the process that holds them."""
+    """A node whose namespaces exist: ``runner_pid`` is the process that holds them."""
 
-    def __init__(
-        self, name: str, ipv4: str, ipv6: str, runner: subprocess.Popen[bytes], group: Group, directory: Path
-    ) -> None:
+    def __init__(self, name: str, ipv4: str, ipv6: str, runner_pid: int, group: Group, directory: Path) -> None:
         self.name = name
         self.ipv4 = ipv4
         self.ipv6 = ipv6
-        self.runner = runner
+        self.runner_pid = runner_pid
         self.group = group
         self.system_group = group.child("system")
         self.directory = directory
-        self._root = Path(f"/proc/{runner.pid}/root")
-        self._daemons: Dict[str, subprocess.Popen[bytes]] = {}
+        self._root = Path(f"/proc/{runner_pid}/root")
+        self.cpu_group: Optional[Group] = None
+        self.daemons: Dict[str, subprocess.Popen[bytes]] = {}
         # Entering a mount namespace leads to its root, which is not the node's where the clone itself is in a chroot.
         self._root_fd = os.open(self._root, os.O_PATH | os.O_DIRECTORY)
         kinds = (("uts", kernel.CLONE_NEWUTS), ("net", kernel.CLONE_NEWNET), ("mnt", kernel.CLONE_NEWNS))
-        self._namespaces = [(os.open(f"/proc/{runner.pid}/ns/{name}", os.O_RDONLY), kind) for name, kind in kinds]
+        self._namespaces = [(os.open(f"/proc/{runner_pid}/ns/{name}", os.O_RDONLY), kind) for name, kind in kinds]
 
     # Files
 
@@ -111,12 +136,38 @@ class Node:
 
     # Processes
 
+    def entering(self, user: User, place: Optional[Place] = None, *, prompt: bool = False) -> Callable[[], None]:
+        """What makes the process that calls it one of this node's: its cgroups, namespaces, root and user.
+
+        ``place`` is where in the cgroups (default: where the node's daemons are). To be called between fork and exec.
+        """
+        procs_files = (place or self.system_group).procs_files()
+        namespaces, root_fd = self._namespaces, self._root_fd
+
+        def enter() -> None:
+            for name in procs_files:
+                file = os.open(name, os.O_WRONLY)
+                os.write(file, b"0")
+                os.close(file)
+            for descriptor, kind in namespaces:
+                kernel.setns(descriptor, kind)
+            os.fchdir(root_fd)
+            os.chroot(".")
+            if prompt:
+                _go_first()
+            os.setgroups([])
+            os.setgid(user.gid)
+            os.setuid(user.uid)
+            os.chdir("/")
+
+        return enter
+
     def popen(
         self,
         argv: Sequence[str],
         *,
         user: User = ROOT,
-        group: Optional[Group] = None,
+        group: Optional[Place] = None,
         env: Optional[Mapping[str, str]] = None,
         stdin: int = subprocess.DEVNULL,
         stdout: int = subprocess.PIPE,
@@ -128,32 +179,17 @@ class Node:
         ``prompt`` puts it before others when the CPU is short, as a service that logins wait for would be.
         Raises OSError or subprocess.SubprocessError if it cannot be started.
         """
-        procs_files = (group or self.system_group).procs_files()
-        namespaces, root_fd = self._namespaces, self._root_fd
+        become = self.entering(user, group, prompt=prompt)
 
         def enter() -> None:
             try:
-                for name in procs_files:
-                    file = os.open(name, os.O_WRONLY)
-                    os.write(file, b"0")
-                    os.close(file)
-                for descriptor, kind in namespaces:
-                    kernel.setns(descriptor, kind)
-                os.fchdir(root_fd)
-                os.chroot(".")
-                if prompt:
-                    _go_first()
-                os.setgroups([])
-                os.setgid(user.gid)
-                os.setuid(user.uid)
+                become()
                 kernel.die_with_parent(signal.SIGKILL)
-                os.chdir("/")
             except OSError as error:
                 os.write(2, f"{argv[0]} in a node: {error}\n".encode())
                 raise
 
-        environment = {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, "PATH": PATH, "LANG": "C.UTF-8"}
-        environment.update(env or {})
+        environment = {**environment_of(user), **(env or {})}
         return subprocess.Popen(
             list(argv),
             stdin=stdin,
@@ -178,7 +214,7 @@ class Node:
 
     # Daemons
 
-    def _start(
+    def start_daemon(
         self,
         name: str,
         argv: Sequence[str],
@@ -187,19 +223,26 @@ class Node:
         env: Optional[Mapping[str, str]] = None,
         prompt: bool = False,
     ) -> subprocess.Popen[bytes]:
+        place: Place = self.system_group
+        if self.cpu_group is not None and name in CPU_SHARES:
+            share = self.cpu_group.child(name).make()
+            (share.directories()[0] / "cpu.shares").write_text(str(CPU_SHARES[name]), encoding="ascii")
+            place = Both(self.system_group, share)
         with self.path(f"/var/log/{name}.log").open("ab") as log:
-            process = self.popen(argv, user=user, env=env, stdout=log.fileno(), stderr=log.fileno(), prompt=prompt)
-        self._daemons[name] = process
+            process = self.popen(
+                argv, user=user, group=place, env=env, stdout=log.fileno(), stderr=log.fileno(), prompt=prompt
+            )
+        self.daemons[name] = process
         return process
 
     def _until(self, name: str, question: str, ready: bool) -> Optional[bool]:
-        code = self._daemons[name].poll()
+        code = self.daemons[name].poll()
         if code is not None:
-            logs = [
-                self.path(f"/var/log/{log}").read_text(encoding="utf-8", errors="replace")
-                for log in (f"{name}.log", "syslog")
-            ]
-            last = "\n".join("".join(logs).splitlines()[-15:])
+            last = "\n".join(
+                line
+                for log in ("syslog", f"{name}.log")
+                for line in self.path(f"/var/log/{log}").read_text("utf-8", errors="replace").splitlines()[-10:]
+            )
             raise RuntimeError(f"{self.name}: {name} ended with {code} before {question}:\n{last}")
         return ready or None
 
@@ -208,7 +251,7 @@ class Node:
         files = {"key-file": "/etc/munge/munge.key", "log-file": "/var/log/munge/munged.log"}
         files.update({"pid-file": "/run/munge/munged.pid", "seed-file": "/run/munge/munged.seed"})
         arguments = [f"--{name}={path}" for name, path in files.items()]
-        self._start("munged", ["/usr/sbin/munged", "--foreground", *arguments], user=user, prompt=True)
+        self.start_daemon("munged", ["/usr/sbin/munged", "--foreground", *arguments], user=user, prompt=True)
 
     def wait_munged(self) -> None:
         """Until munged's socket takes connections."""
@@ -221,15 +264,15 @@ class Node:
 
     def start_sshd(self) -> None:
         """sshd on its own sockets, and `sshd -i` behind a dual-stack one."""
-        self._start("sshd", [SSHD, "-D", "-f", "/etc/ssh/sshd_config"])
+        self.start_daemon("sshd", [SSHD, "-D", "-f", "/etc/ssh/sshd_config"])
         inetd = [PYTHON, "-B", "-m", "lab.acceptor", str(MAPPED_PORT), SSHD, "-i", "-f", "/etc/ssh/sshd_config"]
-        self._start("acceptor", inetd, env={"PYTHONPATH": f"{SOURCE_IN_NODE}/tests"})
+        self.start_daemon("acceptor", inetd, env={"PYTHONPATH": f"{SOURCE_IN_NODE}/tests"})
 
     def wait_sshd(self) -> None:
         """Until both ports are being listened on."""
 
         def listening(port: int) -> bool:
-            rows = Path(f"/proc/{self.runner.pid}/net/tcp6").read_text(encoding="ascii").splitlines()
+            rows = Path(f"/proc/{self.runner_pid}/net/tcp6").read_text(encoding="ascii").splitlines()
             # proc(5), net/tcp: local address is the second column, state the fourth, 0A is LISTEN.
             return any(row.split()[1].endswith(f":{port:04X}") and row.split()[3] == "0A" for row in rows[1:])
 
@@ -248,7 +291,7 @@ class Node:
         self._notify.bind(str(address))
         env = {"PYTHONPATH": f"{SOURCE_IN_NODE}/agent", "NOTIFY_SOCKET": str(address)}
         command = [PYTHON, "-B", "-m", "adoptd", "run", "--config", "/etc/adoptd/adoptd.toml"]
-        self._start("agent", command, env=env, prompt=True)
+        self.start_daemon("agent", command, env=env, prompt=True)
 
     def wait_agent(self) -> None:
         """Until the agent that begin_agent() started is ready. Raises RuntimeError with its last words if it ends."""
@@ -263,11 +306,11 @@ class Node:
 
     def agent_is_up(self) -> bool:
         """Whether an agent was started here and has not ended."""
-        return "agent" in self._daemons and self._daemons["agent"].poll() is None
+        return "agent" in self.daemons and self.daemons["agent"].poll() is None
 
     def stop(self, name: str) -> None:
         """SIGTERM, then SIGKILL, to one daemon; its children are the cgroup's business."""
-        process = self._daemons.pop(name, None)
+        process = self.daemons.pop(name, None)
         if process is None:
             return
         process.terminate()
@@ -281,8 +324,18 @@ class Node:
             self._notify.close()
             (self.directory / "notify").unlink()
 
+    def kill(self, name: str) -> None:
+        """SIGKILL to one daemon, as a crash would end it."""
+        process = self.daemons.pop(name, None)
+        if process is not None:
+            process.kill()
+            process.wait()
+
     def close(self) -> None:
         """End the node's daemons. Its namespaces end with its runner, which is the cluster's."""
+        # Slurm's steps are ended with the node's cgroups; its daemons take seconds to say goodbye.
+        for name in ("slurmctld", "slurmd"):
+            self.kill(name)
         for name in ("agent", "acceptor", "sshd", "munged"):
             self.stop(name)
         for descriptor in (self._root_fd, *[descriptor for descriptor, _ in self._namespaces]):

@@ -21,6 +21,8 @@ from lab import kernel
 
 # Where every node sees the clone, wherever it is on the host, and read-only.
 SOURCE_IN_NODE = "/run/adoptd-src"
+# kernel/cookie.h, COOKIE_LOCAL_BATCH
+NAMESPACE_NUMBERS_PER_CPU = 4096
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 
 
@@ -34,6 +36,7 @@ class NodeSpec:
     home_dir: str  # one for all nodes
     source_dir: str  # the clone
     hide_v1: bool  # take the v1 cgroup mounts away, so that the node looks like one of a pure v2 host
+    slurm: bool = False  # with a /var/lib/slurm of its own
 
 
 def _bind(source: str, target: str, *, recursive: bool = False) -> None:
@@ -88,6 +91,9 @@ def _make_mounts(spec: NodeSpec) -> None:
     _bind(str(stage / "log"), "/var/log")
     _bind(str(stage / "root"), "/root")
     _bind(spec.home_dir, "/home")
+    if spec.slurm:
+        (stage / "slurm").mkdir()
+        _bind(str(stage / "slurm"), "/var/lib/slurm")
     _bind(str(stage / "dev"), "/dev", recursive=True)
     # Last of the tree: it hides the stage.
     _bind(str(stage / "run"), "/run", recursive=True)
@@ -98,12 +104,38 @@ def _make_mounts(spec: NodeSpec) -> None:
             kernel.unmount(point)
 
 
+def _let_later_namespaces_be_later() -> None:
+    """See to it that namespaces made from now on, on any CPU, have higher numbers than our mount namespace.
+
+    A mount namespace can be kept by binding it to a file, which job_container/tmpfs does for every job, only in one
+    with a lower number (fs/namespace.c, mnt_ns_loop). Since 6.18 each CPU has a stock of numbers of its own, 4096
+    at a time: the stock of one that has made few may be lower than ours for long.
+    """
+    ours = kernel.namespace_id("mnt")
+    if ours is None:
+        return
+    for cpu in os.sched_getaffinity(0):
+        child = os.fork()
+        if child == 0:
+            try:
+                os.sched_setaffinity(0, {cpu})
+                for _ in range(2 * NAMESPACE_NUMBERS_PER_CPU):
+                    kernel.unshare(kernel.CLONE_NEWUTS)
+                    if (kernel.namespace_id("uts") or ours) > ours:
+                        os._exit(0)
+            finally:
+                os._exit(1)
+        os.waitpid(child, 0)
+
+
 def main() -> int:
     """Become the node, then write what is logged in it to its ``/var/log/syslog``."""
     spec = NodeSpec(**json.loads(sys.argv[1]))
     os.chdir("/")
     kernel.unshare(kernel.CLONE_NEWNET | kernel.CLONE_NEWNS | kernel.CLONE_NEWUTS)
     _make_mounts(spec)
+    if spec.slurm:
+        _let_later_namespaces_be_later()
     kernel.set_hostname(spec.name)
     # In memory, like all that a node's daemons write: a login must not wait for the host's disk.
     log = os.open("/var/log/syslog", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

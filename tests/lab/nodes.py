@@ -7,53 +7,39 @@ can be up at once. Called by the demo and by the tests.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
 import shutil
 import signal
 import subprocess
-import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Dict, List, Optional, Tuple, Type
+from typing import List, Optional, Tuple, Type
 
 from lab import etc_files, kernel
-from lab.cgroups import Group, find_hierarchies
+from lab.cgroups import V2, Group
 from lab.etc_files import PEOPLE, ROOT, User
 from lab.node import PYTHON, Node
 from lab.node_runner import SOURCE_IN_NODE, NodeSpec
+from lab.runs import cpu_group_of_run, group_of_run, new_run_id, remove_nodes, run_directory, write_state
+from lab.slurm_daemons import SlurmDaemons
 
 SOURCE_DIR = Path(__file__).resolve().parents[2]
 PAM_MODULE = f"{SOURCE_IN_NODE}/pam_hook/build/pam_adopt.so"
-RUN_PARENT = Path("/run")
-RUN_PREFIX = "adoptd-demo-"
 NODES_MAX = 50
-# A directory without a state file belongs to a run that is just starting, or died there.
-STATELESS_AGE_S = 60.0
-
-
-def group_of_run(run_id: str) -> Group:
-    """The cgroup everything of a run is in."""
-    return Group(find_hierarchies(), f"/{RUN_PREFIX}{run_id}")
-
-
-def supervisor_group(run_id: str) -> Group:
-    """The cgroup of the process that answers for a run: beside the run's, which it empties and removes."""
-    return Group(find_hierarchies(), f"/{RUN_PREFIX}{run_id}.supervisor")
-
-
-def new_run_id() -> str:
-    """Not in use, and short: it is part of socket paths."""
-    return secrets.token_hex(3)
+# The node of Slurm's controller, whose address is beyond those of the others.
+LOGIN = "login"
+LOGIN_NUMBER = 200
+# As much as that many processes outside: about what its own would have without the group.
+CPU_SHARES_OF_RUN = str(8 * 1024)
 
 
 class Cluster:
     """Use as a context manager; entering brings everything up, leaving takes everything down.
 
-    ``supervisor`` is the pid that answers for the run, ``hide_v1`` makes nodes that see cgroup v2 only.
+    ``hide_v1`` makes nodes that see cgroup v2 only. With ``slurm`` there is a login node besides, and jobs are Slurm's.
     """
 
     def __init__(
@@ -64,20 +50,26 @@ class Cluster:
         hide_v1: bool = False,
         run_id: Optional[str] = None,
         pam_module: str = PAM_MODULE,
+        slurm: bool = False,
     ) -> None:
+        if slurm and hide_v1:
+            raise ValueError("Slurm's jobs are in cgroup v1 here")
         if not 2 <= nodes <= NODES_MAX:
             raise ValueError(f"{nodes} nodes: 2 to {NODES_MAX} can be had")
         self.run_id = run_id or new_run_id()
-        self.directory = RUN_PARENT / f"{RUN_PREFIX}{self.run_id}"
+        self.directory = run_directory(self.run_id)
         self.seal = seal
         self.hide_v1 = hide_v1
         self.pam_module = pam_module
-        self.nodes: List[Node] = []
+        self.nodes: List[Node] = []  # the compute nodes
+        self.login: Optional[Node] = None
+        self.slurm: Optional[SlurmDaemons] = None
+        self._with_slurm = slurm
         self._count = nodes
-        hierarchies = find_hierarchies()
+        self.group = group_of_run(self.run_id)
         if hide_v1:
-            hierarchies = tuple(h for h in hierarchies if h.name == "v2")
-        self.group = Group(hierarchies, f"/{RUN_PREFIX}{self.run_id}")
+            v2 = tuple(hierarchy for hierarchy in self.group.hierarchies if hierarchy.name == V2)
+            self.group = Group(v2, self.group.path)
         self._switch: Optional[int] = None
         self._runners: List[subprocess.Popen[bytes]] = []
 
@@ -96,10 +88,12 @@ class Cluster:
 
     def write_state(self, *, kept: bool = False) -> None:
         """Say who answers for this run, for `--down` and for whoever clears up after a crash."""
-        state = {"id": self.run_id, "pid": os.getpid(), "start": kernel.start_time_ticks(os.getpid()), "kept": kept}
-        new = self.directory / "state.new"
-        new.write_text(json.dumps(state), encoding="utf-8")
-        new.replace(self.directory / "state.json")
+        write_state(self.run_id, {node.name: node.runner_pid for node in self.hosts}, kept=kept)
+
+    @property
+    def hosts(self) -> Tuple[Node, ...]:
+        """The compute nodes, and the login node if there is one."""
+        return (*self.nodes, *([self.login] if self.login is not None else []))
 
     def _start(self) -> None:
         self.directory.mkdir(mode=0o755)
@@ -109,41 +103,68 @@ class Cluster:
         self._make_keys()
         self._switch = self._new_network_namespace()
         self._ip(self._switch, ["link add br0 type bridge forward_delay 0", "link set br0 up", "link set lo up"])
-        runners = [self._start_runner(number) for number in range(1, self._count + 1)]
-        for number, (runner, spec) in enumerate(runners, 1):
+        names = {number: f"node{number}" for number in range(1, self._count + 1)}
+        if self._with_slurm:
+            names[LOGIN_NUMBER] = LOGIN
+        runners = [(number, *self._start_runner(name)) for number, name in names.items()]
+        for number, runner, spec in runners:
             group = self.group.child(spec.name)
             assert runner.stdout is not None
             if runner.stdout.readline() != b"ready\n":
                 raise RuntimeError(f"{spec.name}: its namespaces could not be made (see above)")
-            node = Node(spec.name, f"10.66.0.{number}", f"fd00:66::{number}", runner, group, Path(spec.node_dir))
-            self.nodes.append(node)
-        munge, munge_key = self._munge_account(), secrets.token_hex(64)
+            addresses = f"10.66.0.{number}", f"fd00:66::{number}"
+            node = Node(spec.name, *addresses, runner.pid, group, Path(spec.node_dir))
+            cpu = cpu_group_of_run(self.run_id)
+            if self._with_slurm and cpu is not None:
+                (cpu.make().directories()[0] / "cpu.shares").write_text(CPU_SHARES_OF_RUN, encoding="ascii")
+                node.cpu_group = cpu.child(spec.name)
+            if spec.name == LOGIN:
+                self.login = node
+            else:
+                self.nodes.append(node)
+        munge, munge_key = _account("munge"), secrets.token_hex(64)
         seal_key = secrets.token_hex(32)
-        for number, node in enumerate(self.nodes, 1):
+        for (number, _, _), node in zip(runners, self.hosts):
             self._connect(node, number)
             self._fill_etc(node, munge, munge_key, seal_key)
             node.start_sshd()
-            if self.seal == "munge":
+            if self._with_munge:
                 node.start_munged(munge)
-        for node in self.nodes:
-            if self.seal == "munge":
+        for node in self.hosts:
+            if self._with_munge:
                 node.wait_munged()
+        if self.login is not None:
+            self.slurm = SlurmDaemons(self.login, self.nodes, self.run_id)
+            self.slurm.configure(_account("slurm"))
+            self.slurm.start()
         if self.pam_module == PAM_MODULE:
-            for node in self.nodes:
+            for node in self.hosts:
                 node.begin_agent()
-            for node in self.nodes:
+            for node in self.hosts:
                 node.wait_agent()
-        for node in self.nodes:
+        for node in self.hosts:
             node.wait_sshd()
+        if self.slurm is not None:
+            self.slurm.wait_up()
+        self.write_state()
+
+    @property
+    def _with_munge(self) -> bool:
+        return self._with_slurm or self.seal == "munge"
 
     # Namespaces and network
 
-    def _start_runner(self, number: int) -> Tuple[subprocess.Popen[bytes], NodeSpec]:
-        name = f"node{number}"
+    def _start_runner(self, name: str) -> Tuple[subprocess.Popen[bytes], NodeSpec]:
         directory = self.directory / name
         (directory / "stage").mkdir(parents=True)
         spec = NodeSpec(
-            name, str(self.directory), str(directory), str(self.directory / "home"), str(SOURCE_DIR), self.hide_v1
+            name=name,
+            run_dir=str(self.directory),
+            node_dir=str(directory),
+            home_dir=str(self.directory / "home"),
+            source_dir=str(SOURCE_DIR),
+            hide_v1=self.hide_v1,
+            slurm=self._with_slurm,
         )
         group = self.group.child(name).child("system").make()
         procs_files = group.procs_files()
@@ -204,7 +225,7 @@ class Cluster:
         self._ip(
             self._switch,
             [
-                f"link add port{number} type veth peer name eth0 netns {node.runner.pid}",
+                f"link add port{number} type veth peer name eth0 netns {node.runner_pid}",
                 f"link set port{number} master br0 up",
             ],
         )
@@ -230,15 +251,6 @@ class Cluster:
         lock = ["ssh-keygen", "-q", "-p", "-a", "1", "-P", "", "-N", PEOPLE[0].password, "-f", str(keys / "locked")]
         subprocess.run(lock, check=True, stdin=subprocess.DEVNULL, capture_output=True)
 
-    @staticmethod
-    def _munge_account() -> User:
-        """Whom munged runs as, from the accounts of this host. Raises RuntimeError if there is no such account."""
-        for line in Path("/etc/passwd").read_text(encoding="utf-8").splitlines():
-            if line.startswith("munge:"):
-                uid, gid = line.split(":")[2:4]
-                return User("munge", int(uid), int(gid), "/", "")
-        raise RuntimeError("there is no user munge: is the package munge installed?")
-
     def _key(self, name: str) -> str:
         return (self.directory / "keys" / name).read_text(encoding="ascii")
 
@@ -246,7 +258,7 @@ class Cluster:
         for name in ("nologin", "hosts.allow", "hosts.deny"):
             node.path(f"/etc/{name}").unlink(missing_ok=True)
         hashes = [(user, kernel.crypt_sha512(user.password, secrets.token_hex(8))) for user in PEOPLE]
-        addresses = [(n.name, n.ipv4, n.ipv6) for n in self.nodes]
+        addresses = [(n.name, n.ipv4, n.ipv6) for n in self.hosts]
         node.write("/etc/hostname", f"{node.name}\n")
         node.write("/etc/hosts", etc_files.hosts(addresses))
         node.write("/etc/nsswitch.conf", etc_files.NSSWITCH)
@@ -267,7 +279,7 @@ class Cluster:
             node.path(directory).mkdir(exist_ok=True)
             os.chown(node.path(directory), munge.uid, munge.gid)
         node.write("/etc/adoptd/adoptd.key", f"{seal_key}\n", mode=0o600)
-        jobs = f"{node.group.path}/jobs/uid_{{uid}}/job_{{job}}"
+        jobs = "" if self._with_slurm else f"{node.group.path}/jobs/uid_{{uid}}/job_{{job}}"
         node.write("/etc/adoptd/adoptd.toml", etc_files.agent_toml(jobs, self.seal))
         node.set_pam(self.pam_module, "")
 
@@ -286,7 +298,7 @@ class Cluster:
     def close(self) -> None:
         """End and remove everything of the run. Can be called twice."""
         try:
-            for node in self.nodes:
+            for node in self.hosts:
                 node.close()
         finally:
             for runner in self._runners:
@@ -295,47 +307,20 @@ class Cluster:
                     runner.wait()
             if self._switch is not None:
                 os.close(self._switch)
-            self.nodes, self._runners, self._switch = [], [], None
+            self.nodes, self.login, self._runners, self._switch = [], None, [], None
             remove_nodes(self.run_id)
+
+
+def _account(name: str) -> User:
+    """Whom a daemon runs as, from the accounts of this host. Raises RuntimeError if there is no such account."""
+    for line in Path("/etc/passwd").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{name}:"):
+            uid, gid = line.split(":")[2:4]
+            return User(name, int(uid), int(gid), "/", "")
+    raise RuntimeError(f"there is no user {name}: is the package installed that makes it?")
 
 
 def _openssh_version(text: str) -> Tuple[int, int]:
     """(9, 2) of ``OpenSSH_9.2p1 Debian-2...``. Raises ValueError."""
     major, _, rest = text.partition("_")[2].partition(".")
     return int(major), int("".join(c for c in rest[:2] if c.isdigit()))
-
-
-def remove_nodes(run_id: str) -> None:
-    """Kill what is in a run's cgroups, remove them and its directory. Missing is fine, and so is twice."""
-    group_of_run(run_id).remove()
-    shutil.rmtree(RUN_PARENT / f"{RUN_PREFIX}{run_id}", ignore_errors=True)
-
-
-def remove_run(run_id: str) -> None:
-    """remove_nodes(), and end the run's supervisor too if there is one."""
-    supervisor_group(run_id).remove()
-    remove_nodes(run_id)
-
-
-def read_states() -> Dict[str, Tuple[Optional[int], bool]]:
-    """The runs on this host: id to (pid of a living supervisor or None, whether it was kept)."""
-    states: Dict[str, Tuple[Optional[int], bool]] = {}
-    for directory in RUN_PARENT.glob(f"{RUN_PREFIX}*"):
-        run_id = directory.name[len(RUN_PREFIX) :]
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                if time.time() - directory.stat().st_mtime > STATELESS_AGE_S:
-                    states[run_id] = (None, False)
-                continue
-            alive = kernel.start_time_ticks(state["pid"]) == state["start"]
-            states[run_id] = (state["pid"] if alive else None, state["kept"])
-    return states
-
-
-def remove_dead_runs() -> None:
-    """Clear up after runs whose supervisor was killed before it could."""
-    for run_id, (supervisor, _) in read_states().items():
-        if supervisor is None:
-            remove_run(run_id)

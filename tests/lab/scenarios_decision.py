@@ -138,7 +138,7 @@ def adopt_failure_allow(lab: Lab) -> Outcome:
     with lab.broken_job(lab.second):
         seen.check("", "no job on node2", lab.login().landed)
     seen.record(lab.pam_records(tail))
-    return seen.outcome("the kernel refuses to put a process into the job's cgroup; no hierarchy is left half done")
+    return seen.outcome(f"{lab.kind.why_broken}; no hierarchy is left half done")
 
 
 def adopt_failure_deny(lab: Lab) -> Outcome:
@@ -149,7 +149,7 @@ def adopt_failure_deny(lab: Lab) -> Outcome:
     with lab.broken_job(lab.second):
         seen.check("", NOBODY_IN, lab.login().landed)
     seen.record(lab.pam_records(tail))
-    return seen.outcome("the kernel refuses to put a process into the job's cgroup")
+    return seen.outcome(lab.kind.why_broken)
 
 
 DECISION_SCENARIOS = (

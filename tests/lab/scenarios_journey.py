@@ -209,7 +209,7 @@ def job_end_kills_session(lab: Lab) -> Outcome:
         finally:
             pid_file.unlink(missing_ok=True)
         started = time.monotonic()
-        lab.job(lab.second, ALICE, job).remove()
+        lab.kind.end([job], ALICE, [lab.second])
         login = session.end()
         seconds = time.monotonic() - started
         seen.check("", f"job {job} on node2", login.landed)

@@ -18,7 +18,7 @@ from typing import Callable, Dict, NoReturn, Optional
 
 from lab import kernel
 from lab.cgroups import Group, paths_of_process
-from lab.nodes import remove_run, supervisor_group
+from lab.runs import remove_run, supervisor_group
 from lab.waiting import until
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -20,8 +20,9 @@ from lab.etc_files import ALICE
 from lab.lab import Lab
 from lab.leftovers import connect_programs, of_run
 from lab.node import PYTHON
-from lab.nodes import RUN_PARENT, RUN_PREFIX, SOURCE_DIR, read_states
+from lab.nodes import SOURCE_DIR
 from lab.outcome import Findings, Outcome
+from lab.runs import read_states, run_directory
 from lab.waiting import until
 
 pytestmark = pytest.mark.timeout(120)
@@ -58,7 +59,7 @@ def _id_once_up(process: subprocess.Popen[str]) -> str:
 
 
 def _supervisor_of(run_id: str) -> int:
-    supervisor, _ = read_states()[run_id]
+    supervisor = read_states()[run_id].supervisor
     assert supervisor is not None
     return supervisor
 
@@ -178,7 +179,7 @@ def test_sigkill_of_both_is_cleared_up_by_the_next() -> None:
         os.kill(supervisor, signal.SIGKILL)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert (RUN_PARENT / f"{RUN_PREFIX}{run_id}").exists()
+        assert run_directory(run_id).exists()
         done = _run(*ONE)
         assert done.returncode == 0, done.stderr
     assert of_run(run_id) == []

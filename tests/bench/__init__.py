@@ -1,0 +1,1 @@
+"""./dev bench: what adoptd costs, measured beside what it is to replace."""
