@@ -125,12 +125,21 @@ def access_conf(allowed: User) -> str:
     return f"+:{allowed.name}:ALL\n-:ALL:ALL\n"
 
 
+# The scenarios show where sessions land, on machines that may have no processor time to spare for a second; the one
+# about time sets the agent's own default of 300 ms and the module's of 1000 ms.
+CALLERID_TIMEOUT_MS = 2000
+PAM_TIMEOUT_MS = 3000
+
+
 def agent_toml(jobs_path: str, seal: str) -> str:
     """The agent's configuration: everything that is not named here is its default. No ``jobs_path``: Slurm's jobs."""
     jobs = f'backend = "cgroup"\npath = "{jobs_path}"' if jobs_path else 'backend = "slurm"'
     return f"""\
 [jobs]
 {jobs}
+
+[callerid]
+timeout_ms = {CALLERID_TIMEOUT_MS}
 
 [seal]
 scheme = "{seal}"

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import ContextManager, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from lab.etc_files import ALICE, User
+from lab.etc_files import ALICE, PAM_TIMEOUT_MS, User
 from lab.job_kinds import CgroupJobs, JobKind
 from lab.node import LogTail, Node, PamRecord
 from lab.nodes import Cluster
@@ -159,7 +159,9 @@ class Lab:
 
     def pam(self, options: str, *, node: Optional[Node] = None, with_access: bool = False) -> None:
         """Set the options of pam_adopt.so on a node, the second by default."""
-        (node or self.second).set_pam(self.cluster.pam_module, options, with_access=with_access)
+        # Of an option that is there twice the last counts, so the scenario's own timeout_ms= does.
+        words = f"timeout_ms={PAM_TIMEOUT_MS} {options}"
+        (node or self.second).set_pam(self.cluster.pam_module, words, with_access=with_access)
 
     @contextlib.contextmanager
     def agent_down(self, node: Node) -> Iterator[None]:

@@ -12,11 +12,11 @@ from lab.lab import NOBODY_IN, REPORT, Lab, Login
 from lab.outcome import Findings, Outcome, describe_ms
 from lab.waiting import until
 
-# A refused connection is answered in microseconds; this is what an adoption takes, with room for a busy machine.
-REFUSED_FAST_MS = 250.0
+# A refused connection is answered in microseconds: half of what callerid may take here shows that nobody waited for it.
+REFUSED_FAST_MS = 1000.0
 # Dropped packets cost the 300 ms that callerid may take. Less would mean that nothing was dropped; more, that the
 # agent waited for longer than its budget. The upper figure has room for a busy machine.
-DROPPED_MS = (250.0, 600.0)
+DROPPED_MS = (250.0, 1000.0)
 ANSWERS = ("-o", "PreferredAuthentications=keyboard-interactive")
 # The job's end must reach the client at once; the rest is room for a busy machine.
 SESSION_END_S = 5.0
@@ -38,9 +38,10 @@ def source_without_agent_refused(lab: Lab) -> Outcome:
 def source_drops_packets(lab: Lab) -> Outcome:
     """node1 drops packets to its agent: callerid gives up within its budget, and the login goes on."""
     seen = Findings()
-    lab.pam("action_unknown=newest")
+    lab.pam("action_unknown=newest timeout_ms=1000")
     tail = lab.second.syslog()
-    with lab.jobs(2) as (older, newest), lab.packets_dropped(lab.first):
+    budget = lab.agent_settings(lab.second, "[callerid]\ntimeout_ms = 300\n")
+    with budget, lab.jobs(2) as (older, newest), lab.packets_dropped(lab.first):
         seen.check("", f"job {newest} on node2", lab.login(job=older).landed)
     seen.record(lab.pam_records(tail))
     least, most = DROPPED_MS
