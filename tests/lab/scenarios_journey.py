@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Optional, Tuple
 
 from lab.etc_files import ACCESS_CONF, ALICE, BOB, MAPPED_PORT, User, access_conf
-from lab.kernel import start_time_ticks
 from lab.lab import NOBODY_IN, REPORT, Lab, Login
 from lab.outcome import Findings, Outcome, describe_ms
-from lab.waiting import until
+from lab.waiting import has_ended, until
 
 # A refused connection is answered in microseconds: half of what callerid may take here shows that nobody waited for it.
 REFUSED_FAST_MS = 1000.0
@@ -214,7 +213,7 @@ def job_end_kills_session(lab: Lab) -> Outcome:
         login = session.end()
         seconds = time.monotonic() - started
         seen.check("", f"job {job} on node2", login.landed)
-        seen.check_true("session", "ended with it", start_time_ticks(pid) is None, f"process {pid} is alive")
+        seen.check_true("session", "ended with it", has_ended(pid, SESSION_END_S), f"process {pid} is alive")
         seen.check_true("client", "told at once", seconds < SESSION_END_S, f"after {seconds:.1f} s")
     seen.record(lab.pam_records(tail))
     return seen.outcome(f"the client was gone {seconds * 1000:.0f} ms after the job's end")

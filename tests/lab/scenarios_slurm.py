@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Iterator, Optional, Tuple
 
 from lab.etc_files import ALICE
-from lab.kernel import start_time_ticks
 from lab.lab import REPORT, Lab, Session
 from lab.node import PYTHON
 from lab.outcome import Findings, Outcome
 from lab.slurm_cgroups import job_of
 from lab.slurm_daemons import SlurmDaemons
-from lab.waiting import until
+from lab.waiting import has_ended, until
 
 GATE = "/run/gates/session"
 # scancel sends SIGTERM first and SIGKILL after KillWait (2 s here), which a session's shell may wait for.
@@ -86,7 +85,7 @@ def scancel_kills_session(lab: Lab) -> Outcome:
         login = session.end()
         seconds = time.monotonic() - started
         seen.check("", f"job {job} on node2", login.landed)
-        seen.check_true("session", "ended with it", start_time_ticks(pid) is None, f"process {pid} is alive")
+        seen.check_true("session", "ended with it", has_ended(pid, SESSION_END_S), f"process {pid} is alive")
         seen.check_true("client", "told at once", seconds < SESSION_END_S, f"after {seconds:.1f} s")
     seen.record(lab.pam_records(tail))
     return seen.outcome(f"the client was gone {seconds * 1000:.0f} ms after scancel")

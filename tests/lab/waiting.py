@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Callable, Optional, TypeVar
 
+from lab.kernel import start_time_ticks
+
 T = TypeVar("T")
 
 # Slow enough to leave two shared cores alone, fast enough not to be seen in any figure that is printed.
@@ -21,3 +23,12 @@ def until(question: Callable[[], Optional[T]], what: str, timeout_s: float = 20.
         if time.monotonic() > deadline:
             raise TimeoutError(f"after {timeout_s:.0f} s: {what}")
         time.sleep(POLL_S)
+
+
+def has_ended(pid: int, within_s: float) -> bool:
+    """Whether this process is gone within that time: of a job's processes, each is signalled in its turn."""
+    try:
+        until(lambda: start_time_ticks(pid) is None, f"the end of process {pid}", within_s)
+    except TimeoutError:
+        return False
+    return True
