@@ -243,15 +243,9 @@ def load(file: Path) -> Config:
     for path in (file, *_drop_ins(file)):
         for table, key, value in _entries(path):
             values[table][key] = value
-    return Config(
-        agent=AgentConfig(**values["agent"]),  # type: ignore[arg-type]  # _entries checked every value against its rule
-        callerid=CalleridConfig(**values["callerid"]),  # type: ignore[arg-type]
-        seal=SealConfig(**values["seal"]),  # type: ignore[arg-type]
-        jobs=JobsConfig(**values["jobs"]),  # type: ignore[arg-type]
-        session=SessionConfig(**values["session"]),  # type: ignore[arg-type]
-        probe=ProbeConfig(**values["probe"]),  # type: ignore[arg-type]
-        metrics=MetricsConfig(**values["metrics"]),  # type: ignore[arg-type]
-    )
+    # The defaults with what the files say in their place; _entries checked every value against its rule.
+    defaults = Config()
+    return Config(**{name: dataclasses.replace(getattr(defaults, name), **values[name]) for name in _TABLES})
 
 
 def show(config: Config) -> str:
