@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import FrozenSet, List
 
 from lab.cgroups import V2, find_hierarchies
+from lab.kernel import start_time_ticks
 from lab.runs import RUN_PARENT, RUN_PREFIX
 
 # include/uapi/linux/bpf.h
@@ -23,7 +24,8 @@ BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}
 def of_run(run_id: str) -> List[str]:
     """Processes, mounts, cgroups and directories that carry the run's name, each described.
 
-    Namespaces go with their last process, and pins with the mount namespace.
+    Namespaces go with their last process, and pins with the mount namespace. A dead process that its parent, which may
+    be this machine's init, has not yet waited for is nothing that a run could remove.
     """
     name = f"{RUN_PREFIX}{run_id}"
     found = [f"directory {path}" for path in RUN_PARENT.glob(f"{name}*")]
@@ -35,7 +37,7 @@ def of_run(run_id: str) -> List[str]:
                 text = (process / file).read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:
                 continue
-            if name in text:
+            if name in text and start_time_ticks(int(process.name)) is not None:
                 found.append(f"process {process.name}, by its {file}")
     return found
 
