@@ -56,12 +56,47 @@ class Ambiguous(AdoptdError):
     """More than one answer fits the question, so there is none: never pick one of them."""
 
 
+class JobFault(enum.Enum):
+    """What is wrong where jobs cannot be told, or a session could not be put into one.
+
+    A closed set: the values are a metric's label and words of the log. docs/faults.md has a row for each.
+    """
+
+    CONFIGURATION = "configuration"
+    SPOOL_UNREADABLE = "spool_unreadable"
+    SPOOL_UNTRUSTED = "spool_untrusted"
+    OTHER_NODE = "other_node"
+    MANAGER_STOPPED = "manager_stopped"
+    STALE_SOCKET = "stale_socket"
+    FOREIGN_SOCKET = "foreign_socket"
+    STEP_SILENT = "step_silent"
+    STEP_CLOSED = "step_closed"
+    STEP_PROTOCOL = "step_protocol"
+    STEP_REFUSES = "step_refuses"
+    NOT_MOVED = "not_moved"
+    NO_CGROUP = "no_cgroup"
+    JOB_ENDED = "job_ended"
+    PROCESS_GONE = "process_gone"
+    NO_TURN = "no_turn"
+    OTHER_CLUSTER = "other_cluster"
+    OUT_OF_TIME = "out_of_time"
+    OTHER = "other"
+
+
 class JobManagerError(AdoptdError):
     """The job manager cannot be asked which jobs there are. This is not the same as "no jobs"."""
+
+    def __init__(self, text: str, fault: JobFault = JobFault.OTHER) -> None:
+        super().__init__(text)
+        self.fault = fault
 
 
 class AdoptionFailed(AdoptdError):
     """The process is not in the job, or could not be shown to be. Nothing half-done is left."""
+
+    def __init__(self, text: str, fault: JobFault = JobFault.OTHER) -> None:
+        super().__init__(text)
+        self.fault = fault
 
 
 class Witness(enum.Enum):
@@ -169,10 +204,12 @@ class Job:
     ``id`` is the job manager's name for it, the same on every node. ``identity`` cannot be reused
     (for cgroups: inode numbers, which the kernel counts up): two jobs of one id at different times
     have different identities. ``created`` orders the jobs of one
-    answer by creation; it is no time, and no part of what makes two jobs the same.
+    answer by creation; it is no time, and no part of what makes two jobs the same. ``cluster`` is the
+    manager's name for the cluster that ``id`` counts in, "" where it has none.
     """
 
     id: str
     uid: int
     created: int = field(compare=False)
     identity: Tuple[int, ...]
+    cluster: str = field(default="", compare=False)

@@ -1,8 +1,8 @@
 """One process, held so that its pid cannot come to mean another.
 
-Owns the pidfd and the reading of start times. It must never act on a bare pid without saying what
-makes the pid believable. Called by adoption (the process to move) and by callerid (is the owner
-of the connection still that process?).
+Owns the pidfd and the reading of /proc/PID/stat. It must never act on a bare pid without saying what
+makes the pid believable. Called by whoever acts on a process or asks when it started: adoption and join (the
+process to move), callerid (is the owner of the connection still that process?), sessions, the job backends.
 """
 
 from __future__ import annotations
@@ -13,19 +13,64 @@ import select
 import socket
 from pathlib import Path
 from types import TracebackType
-from typing import Optional, Type
+from typing import NamedTuple, Optional, Type
 
 from adoptd.model import PID_MAX, AdoptionFailed
 
 # Start times in /proc count USER_HZ ticks, 10 ms on every Linux since 2.6 (proc_pid_stat(5), sysconf(3)).
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-# Indexes into the fields after comm, of which field 3 (state) is the first: flags is 9, starttime 22.
-_FLAGS_AFTER_COMM = 9 - 3
-_STARTTIME_AFTER_COMM = 22 - 3
+# Indexes into the fields after comm, of which the first is field 3 (proc_pid_stat(5)).
+_STATE, _PPID, _SESSION, _FLAGS, _STARTTIME = 0, 4 - 3, 6 - 3, 9 - 3, 22 - 3
 # include/uapi/asm-generic/socket.h, Linux 6.5.
 _SO_PEERPIDFD = 77
+_STAT_MAX_BYTES = 4096
 # include/linux/sched.h; the same bit since Linux 2.6.
 _PF_EXITING = 0x4
+# States of a task that has ended, and is only waited for or not yet taken off the list.
+_ENDED = frozenset((b"Z", b"X"))
+
+
+class Stat(NamedTuple):
+    """A line of /proc/PID/stat: the parent, the kernel session (setsid(2)), the start in clock ticks since boot.
+
+    No dataclass: one is made of every process of the host in a look at all of them, and is three times as dear.
+    """
+
+    parent: int
+    sid: int
+    start_ticks: int
+    exiting: bool
+    ended: bool
+
+
+def parse_stat(text: bytes) -> Stat:
+    """Raises ValueError if it is no such line."""
+    # comm is whatever the process likes, spaces, parentheses and newlines included: only the last ")" ends it.
+    fields = text.rpartition(b")")[2].split()
+    try:
+        return Stat(
+            parent=int(fields[_PPID]),
+            sid=int(fields[_SESSION]),
+            start_ticks=int(fields[_STARTTIME]),
+            exiting=bool(int(fields[_FLAGS]) & _PF_EXITING),
+            ended=fields[_STATE] in _ENDED,
+        )
+    except (IndexError, ValueError):
+        raise ValueError(f"a process's stat has an unknown format: {text[:200]!r}") from None
+
+
+def stat_of(pid: int, proc_root: str = "/proc") -> Optional[Stat]:
+    """A process as it is now, the remains of one that has ended included; None if it is gone."""
+    try:
+        # Neither pathlib nor open(): it is read in every answer and login, and most of the time was theirs.
+        descriptor = os.open(f"{proc_root}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # The kernel makes all of it at the first read: a name of 63 bytes and 51 numbers.
+            return parse_stat(os.read(descriptor, _STAT_MAX_BYTES))
+        finally:
+            os.close(descriptor)
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        return None
 
 
 def started_ns(pid: int, proc_root: str = "/proc") -> Optional[int]:
@@ -34,19 +79,39 @@ def started_ns(pid: int, proc_root: str = "/proc") -> Optional[int]:
     Field 22 of /proc/PID/stat is the task's start_boottime (fs/proc/array.c; boot time since Linux 5.5,
     and no kernel adoptd runs on is older).
     """
-    ticks = _stat_field(pid, _STARTTIME_AFTER_COMM, proc_root)
-    return None if ticks is None else ticks * _TICK_NS
+    stat = stat_of(pid, proc_root)
+    return None if stat is None else stat.start_ticks * _TICK_NS
 
 
 def was_started_before(pid: int, boottime_ns: int, proc_root: str = "/proc") -> bool:
     """Whether ``pid`` can be the process that had this pid at ``boottime_ns`` (CLOCK_BOOTTIME).
 
-    False if the process is gone or started after that time: the pid has been used again. Start times
-    are rounded down by less than a tick, so a process that took the pid within 10 ms of that time passes.
+    False if the process is gone or started after that time: the pid has been used again. Also if it is on its way
+    out, or only waited for: it is in no cgroup of v1 any more, which must not be taken for being in no job.
+    Start times are rounded down by less than a tick, so a process that took the pid within 10 ms of that time passes.
     The strict comparison was rejected: it would disown every client that connects within 10 ms of its start.
     """
-    started = started_ns(pid, proc_root)
-    return started is not None and started <= boottime_ns
+    stat = stat_of(pid, proc_root)
+    return stat is not None and not stat.exiting and stat.start_ticks * _TICK_NS <= boottime_ns
+
+
+def parent_of(pid: int, proc_root: str = "/proc") -> Optional[int]:
+    """The pid of a process's parent now; None if it is gone. 0: its parent is outside our pid namespace."""
+    stat = stat_of(pid, proc_root)
+    return None if stat is None else stat.parent
+
+
+def thread_group_of(tid: int, proc_root: str = "/proc") -> Optional[int]:
+    """The pid of the process that a thread, or a process by its own pid, belongs to; None if it is gone."""
+    try:
+        status = (Path(proc_root) / str(tid) / "status").read_bytes()
+    except OSError:
+        return None
+    # The name is the first line, and has its newlines escaped (fs/proc/array.c).
+    for line in status.split(b"\n"):
+        if line.startswith(b"Tgid:"):
+            return int(line[5:])
+    return None
 
 
 class ProcessHandle:
@@ -58,6 +123,15 @@ class ProcessHandle:
         self.pid = pid
         self.started_ns = process_started_ns
         self._pidfd: Optional[int] = pidfd
+
+    @property
+    def start_ticks(self) -> int:
+        """Field 22 of /proc/PID/stat: with the pid, a name that no other process has until the next boot."""
+        return self.started_ns // _TICK_NS
+
+    def duplicate(self) -> ProcessHandle:
+        """Another handle of the same process. Raises OSError if no descriptor is left, ValueError once closed."""
+        return ProcessHandle(self.pid, os.dup(self.fileno()), self.started_ns, self._proc_root)
 
     def alive(self) -> bool:
         """Whether the process has not exited yet. While True the kernel cannot give its pid to another.
@@ -79,8 +153,8 @@ class ProcessHandle:
         """
         if not self.alive():
             return True
-        flags = _stat_field(self.pid, _FLAGS_AFTER_COMM, self._proc_root)
-        return flags is None or bool(flags & _PF_EXITING)
+        stat = stat_of(self.pid, self._proc_root)
+        return stat is None or stat.exiting
 
     def fileno(self) -> int:
         """The pidfd, for poll and friends. Raises ValueError once closed."""
@@ -143,17 +217,3 @@ def _hold(pid: int, pidfd: int, proc_root: str) -> ProcessHandle:
         os.close(pidfd)
         raise AdoptionFailed(f"process {pid} has exited")
     return handle
-
-
-def _stat_field(pid: int, after_comm: int, proc_root: str) -> Optional[int]:
-    """One number of /proc/PID/stat; None if the process is gone."""
-    try:
-        stat = (Path(proc_root) / str(pid) / "stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # comm is whatever the process likes, spaces, parentheses and newlines included: only the last ")" ends it.
-    fields = stat.rpartition(b")")[2].split()
-    try:
-        return int(fields[after_comm])
-    except (IndexError, ValueError):
-        return None

@@ -22,7 +22,8 @@ def captured(level: str, for_journal: bool) -> Iterator[io.StringIO]:
     written = io.StringIO()
     try:
         with contextlib.redirect_stderr(written):
-            log.configure(level, for_journal)
+            # A line as it is written where the journal's own socket is not to be had.
+            log.configure(level, for_journal, journal_socket="")
         yield written
     finally:
         logger.handlers[:], logger.propagate = before[0], before[1]

@@ -110,7 +110,7 @@ def test_modules_with_loggers_of_their_own_are_scrubbed_too() -> None:
         except ValueError:
             logging.getLogger("adoptd.connections").exception("witness %s", "x\ny")
     assert written.getvalue().count("\n") == 1
-    assert written.getvalue().startswith("<3>witness x\\ny\\nTraceback")
+    assert written.getvalue().startswith('<3>connections text="witness x\\ny\\nTraceback')
 
 
 @given(st.text(max_size=30))
