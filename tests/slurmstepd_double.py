@@ -104,6 +104,8 @@ class Step:
         number = self.release.extern_step if self.step_id is None else self.step_id
         self.path = self.spool / f"{self.node}_{self.job_id}.{number}{self.suffix}"
         self._stop = threading.Event()
+        # What HANGS_ON_ADD waits for: it then does what it was asked.
+        self.goes_on = threading.Event()
         self._lock = threading.Lock()
         self._connections: Set[socket.socket] = set()
         self._threads: List[threading.Thread] = []
@@ -128,9 +130,11 @@ class Step:
 
     def end(self, leave_socket: bool = False) -> None:
         """End as a step does, or as one that was killed: then its socket stays. May be called twice."""
-        self._stop.set()
+        # First of all, or who is hung up on could come again and be hung up on again.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
+        self._stop.set()
+        self.goes_on.set()
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
@@ -238,8 +242,9 @@ class Step:
             return False
         pid = self._read(connection, I32)
         if self.fault is Fault.HANGS_ON_ADD:
-            self._stop.wait()
-            return False
+            self.goes_on.wait()
+            if self._stop.is_set():
+                return False
         if self.fault is Fault.ADD_FAILS:
             return self._send(connection, I32.pack(-1))
         with self._lock:

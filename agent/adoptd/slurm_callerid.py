@@ -111,7 +111,7 @@ class SlurmdCallerid:
 
     def _prepare(self) -> Tuple[str, Dict[str, str]]:
         """The helper and its environment. In a thread: a file system that hangs must not hold the event loop."""
-        path = _trusted(self._scontrol) if self._scontrol else _found()
+        path = helper_at(self._scontrol)
         environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
         try:
             conf_file = self._conf_file()
@@ -120,6 +120,11 @@ class SlurmdCallerid:
         if conf_file is not None:
             environment["SLURM_CONF"] = conf_file
         return path, environment
+
+
+def helper_at(scontrol: str) -> str:
+    """The scontrol that would be run, of ``scontrol`` or found; for the doctor. Raises NoWord if it is not trusted."""
+    return _trusted(scontrol) if scontrol else _found()
 
 
 def _found() -> str:

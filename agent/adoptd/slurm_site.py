@@ -7,22 +7,23 @@ in :mod:`adoptd.seal`. Called by the service and by the doctor, so that both mea
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 from adoptd import log
 from adoptd.config import Config
 from adoptd.jobs.slurm_conf import SlurmConf, SlurmOverrides
-from adoptd.model import JobManagerError
+from adoptd.model import JobFault, JobManagerError
 from adoptd.seal import Seal, SlurmSite, open_seal
 
 # A slurmd that has its configuration from the controller has its key all the same, where others have both.
 _USUAL_DIR = Path("/etc/slurm")
 
 
-def slurm_conf(settings: Config) -> SlurmConf:
-    """The slurm.conf that this node goes by; nothing is read before it is asked."""
+def slurm_conf(settings: Config, noted: Callable[[JobFault], None] = lambda _: None) -> SlurmConf:
+    """The slurm.conf that this node goes by; nothing is read before it is asked. ``noted``: see SlurmConf."""
     section = settings.jobs
-    return SlurmConf(SlurmOverrides(section.slurm_conf, section.slurm_node_name, section.slurm_spool_dir))
+    overrides = SlurmOverrides(section.slurm_conf, section.slurm_node_name, section.slurm_spool_dir)
+    return SlurmConf(overrides, noted=noted)
 
 
 def configured_seal(settings: Config) -> Seal:

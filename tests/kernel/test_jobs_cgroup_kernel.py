@@ -6,122 +6,29 @@ this host mounts no v1 controllers, the tests that are about them are skipped wi
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Dict, Iterator, List, Sequence
 
 import pytest
 
 from adoptd.deadline import Deadline
-from adoptd.hierarchy import CgroupMounts, Hierarchy, HierarchyKind, path_of_id
+from adoptd.hierarchy import HierarchyKind, path_of_id
 from adoptd.jobs import CgroupFinding
 from adoptd.jobs.cgroup import CgroupJobs
-from adoptd.jobs.template import JobPath
 from adoptd.model import AdoptionFailed, Ambiguous, Job
 from adoptd.process import ProcessHandle, open_process
+from kernel.cgroup_tree import V2, Cgroups
 
-V2 = "v2"
 ALICE, BOB = 61001, 61002
-_SERIAL = itertools.count(1)
 _THREADS = "import threading,sys\nfor _ in range(3): threading.Thread(target=sys.stdin.read).start()\nprint(flush=True)"
-
-
-def eventually(claim: Callable[[], bool], what: str, within_s: float = 10.0) -> None:
-    """Wait for something another process or the kernel does, not for a length of time."""
-    until = time.monotonic() + within_s
-    while not claim():
-        assert time.monotonic() < until, f"not within {within_s} s: {what}"
-        time.sleep(0.005)
 
 
 def soon() -> Deadline:
     return Deadline.after_ms(20_000)
-
-
-class Cgroups:
-    """One test's tree ``/adoptd-test-PID-N`` in this host's hierarchies, and the processes it starts."""
-
-    def __init__(self) -> None:
-        self.mounts = CgroupMounts()
-        self.hierarchies: Dict[str, Hierarchy] = {each.label: each for each in self.mounts.hierarchies()}
-        self.top = f"/adoptd-test-{os.getpid()}-{next(_SERIAL)}"
-        self._children: List[subprocess.Popen[bytes]] = []
-
-    def need(self, *labels: str) -> Sequence[str]:
-        missing = [label for label in labels if label not in self.hierarchies]
-        if missing:
-            pytest.skip(f"this host does not mount {', '.join(missing)}")
-        return labels
-
-    def at(self, label: str, path: str) -> Path:
-        return Path(self.hierarchies[label].mount_point + path)
-
-    def make(self, path: str, labels: Sequence[str], owner: int = 0) -> None:
-        for label in labels:
-            self.at(label, path).mkdir(parents=True, exist_ok=True)
-            os.chown(self.at(label, path), owner, owner)
-
-    def jobs(self, template: str = "/uid_{uid}/job_{job}", leaf: str = "") -> CgroupJobs:
-        return CgroupJobs(JobPath.parse_template(self.top + template), leaf, self.mounts)
-
-    def job(self, uid: int, job_id: str, labels: Sequence[str]) -> str:
-        path = f"{self.top}/uid_{uid}/job_{job_id}"
-        self.make(path, labels)
-        return path
-
-    def child(self, *command: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(command or ("sleep", "600"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/")
-        self._children.append(process)
-        return process
-
-    def where(self, pid: int) -> Mapping[str, str]:
-        membership = self.mounts.membership(pid)
-        assert membership is not None
-        return {label: membership[each.number] for label, each in self.hierarchies.items()}
-
-    def remove(self, path: Optional[str] = None) -> None:
-        for label in self.hierarchies:
-            top = self.at(label, path or self.top)
-            for directory in [*sorted(top.rglob("*"), reverse=True), top]:
-                if directory.is_dir():
-                    # A cgroup is busy until its last process has been reaped by the kernel, not by us.
-                    eventually(functools.partial(_removed, directory), f"{directory} removed")
-
-    def close(self) -> None:
-        for process in self._children:
-            process.kill()
-        for process in self._children:
-            process.communicate()
-        self.remove()
-        self.mounts.close()
-
-
-def _removed(directory: Path) -> bool:
-    try:
-        directory.rmdir()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-@pytest.fixture
-def cgroups() -> Iterator[Cgroups]:
-    tree = Cgroups()
-    before = len(os.listdir("/proc/self/fd"))
-    try:
-        yield tree
-        assert len(os.listdir("/proc/self/fd")) - before - 2 * len(tree._children) <= 1
-    finally:
-        tree.close()
-    assert not [label for label in tree.hierarchies if tree.at(label, tree.top).exists()]
 
 
 @pytest.fixture
@@ -269,7 +176,7 @@ def test_a_process_named_by_two_jobs_is_ambiguous(cgroups: Cgroups) -> None:
 
 
 def test_a_cgroup_id_tells_the_job_no_job_or_nothing(cgroups: Cgroups) -> None:
-    """NO_JOB only while jobs are in v2 alone; the root, a removed id and v1-only jobs tell nothing."""
+    """NO_JOB and GONE only while jobs are in v2 alone; the root and v1-only jobs tell nothing."""
     cgroups.need(V2)
     jobs = cgroups.jobs()
     outside = f"{cgroups.top}-outside"
@@ -289,9 +196,10 @@ def test_a_cgroup_id_tells_the_job_no_job_or_nothing(cgroups: Cgroups) -> None:
         cgroups.make(path, [V2], owner=BOB)
         assert jobs.job_of_cgroup(ids["below"]).finding is CgroupFinding.NO_JOB
         cgroups.remove(path)
-        assert jobs.job_of_cgroup(ids["below"]).finding is CgroupFinding.CANNOT_TELL
+        assert jobs.job_of_cgroup(ids["below"]).finding is CgroupFinding.GONE
         cgroups.job(ALICE, "5", cgroups.need(V2, "pids"))
-        assert jobs.job_of_cgroup(ids["outside"]).finding is CgroupFinding.CANNOT_TELL
+        for name in ("outside", "below"):
+            assert jobs.job_of_cgroup(ids[name]).finding is CgroupFinding.CANNOT_TELL
     finally:
         cgroups.remove(outside)
 

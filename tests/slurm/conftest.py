@@ -8,6 +8,8 @@ from typing import Iterator
 
 import pytest
 
+from lab.lab import Lab
+from lab.nodes import Cluster
 from slurm.cluster import SlurmCluster
 
 
@@ -23,3 +25,16 @@ def cluster() -> Iterator[SlurmCluster]:
         pytest.skip(text)
     with SlurmCluster() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def faults_lab() -> Iterator[Lab]:
+    """A login node and two compute nodes with sshd and the agent, for what a fault does to a login."""
+    missing = [name for name in ("slurmctld", "slurmd", "munged", "sshd") if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        text = f"the tests of faults cannot run here: {'not root' if not missing else 'not installed: ' + str(missing)}"
+        if os.environ.get("CI"):
+            pytest.fail(text)
+        pytest.skip(text)
+    with Cluster(slurm=True) as made:
+        yield Lab(made)

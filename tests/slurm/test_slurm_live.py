@@ -30,8 +30,8 @@ def soon(ms: float = 3000.0) -> Deadline:
 
 @pytest.fixture
 def jobs(cluster: SlurmCluster) -> SlurmJobs:
-    """An agent that has just started: it has heard no step yet."""
-    return SlurmJobs(cluster.conf())
+    """An agent that has just started: it has heard no step yet. One that works is waited for as long as it takes."""
+    return SlurmJobs(cluster.conf(), step_ms=2500.0)
 
 
 @pytest.fixture

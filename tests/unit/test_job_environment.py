@@ -267,6 +267,7 @@ def test_the_pids_of_a_cgroup_and_those_below(tmp_path: Path) -> None:
     (tmp_path / "a" / "b" / "cgroup.procs").write_text("8\n9\n")
     assert sorted(processes_below(str(tmp_path))) == [7, 8, 9]
     assert processes_below(str(tmp_path / "gone")) == ()
+    assert processes_below(str(tmp_path), Deadline.after_ms(0)) == (7,), "a tree that is as large as its user likes"
     (tmp_path / "a" / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in range(1, 3000)))
     assert 1024 <= len(processes_below(str(tmp_path))) < 3100
 
@@ -315,9 +316,8 @@ def test_an_adopted_session_is_given_it_in_both_phases(phase: Phase, mode: Mode)
     """A site with the account line alone has it too; nothing is read for a login that is only observed."""
     backend = FakeBackend(JOB)
     workers = Workers("jobs", 2, 8)
-    adoptions = Adoptions(
-        "n1", backend, None, PendingLogins(time.monotonic), workers, Metrics(), JobEnvironment(("CUDA_*",))
-    )
+    pending, environment = PendingLogins(time.monotonic), JobEnvironment(("CUDA_*",))
+    adoptions = Adoptions("n1", backend, None, pending, workers, Metrics(), environment=environment)
     request = PamRequest(phase, mode, Options(), ALICE, 1000, None, "sshd", "alice", "", False, True)
     with process(CUDA_VISIBLE_DEVICES="0,1", HOME="/evil") as made, held(os.getpid()) as caller:
         backend.of_process[made.pid] = JOB

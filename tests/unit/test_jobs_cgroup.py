@@ -388,7 +388,7 @@ def test_a_cgroup_removed_while_its_job_is_looked_at_tells_nothing(
     host.cgroup(f"/jobs/uid_{ALICE}/job_5")
     answers: List[Optional[str]] = [f"/jobs/uid_{ALICE}/job_5", None]
     monkeypatch.setattr(cgroup_module, "path_of_id", lambda hierarchy, cgroup_id: answers.pop(0))
-    assert jobs_on(host).job_of_cgroup(44).finding is CgroupFinding.CANNOT_TELL
+    assert jobs_on(host).job_of_cgroup(44).finding is CgroupFinding.GONE
     assert answers == []
 
 
@@ -417,7 +417,7 @@ def test_jobs_without_a_common_hierarchy_are_not_ordered(tmp_path: Path, caplog:
     with pytest.raises(JobManagerError, match="5, 6 are in no common"):
         jobs.jobs_of(ALICE, soon())
     assert ids(jobs.all_jobs(soon())) == [(BOB, "7")]
-    assert any("jobs of uid 1001 left out" in line for line in warnings(caplog))
+    assert any("jobs_left_out uid=1001" in line for line in warnings(caplog))
 
 
 @LAYOUTS

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+import socket
 import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Optional
 
 import pytest
-from slurm_scene import ALICE, SLICE, Scene, soon
+from slurm_scene import ALICE, SLICE, Scene, ids, soon
 
-from adoptd.jobs.slurm_turns import SPARED_S, Turns
+from adoptd.deadline import Deadline
+from adoptd.jobs import slurm
+from adoptd.jobs.slurm_step import StepConnection
+from adoptd.jobs.slurm_turns import Turns
 from adoptd.jobs.slurm_wire import X11Display
-from adoptd.model import AdoptionFailed, JobManagerError
+from adoptd.model import AdoptionFailed, JobFault, JobManagerError
 from adoptd.process import ProcessHandle, open_process
 from fake_cgroups import V2
+from lab.waiting import until
 from slurmstepd_double import BY_NAME, RELEASES, Fault, Release
 
 ADD = 22
+CLONE_NEWNS = 0x20000
+
+
+# Until the test ends it, or the tests end.
+STAYS = ("setpriv", "--pdeathsig", "KILL", "sleep", "300")
 
 
 @pytest.fixture
@@ -31,7 +43,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 @pytest.fixture
 def process(scene: Scene) -> Iterator[ProcessHandle]:
     """A real process, which the scene's cgroups have in their roots."""
-    with subprocess.Popen(["sleep", "1000"]) as child:
+    with subprocess.Popen(STAYS) as child:
         scene.host.process(child.pid, {})
         try:
             with open_process(child.pid) as handle:
@@ -139,7 +151,7 @@ def test_a_process_that_has_exited(scene: Scene) -> None:
     """Its pid may be another's by now: the step is not asked."""
     step = scene.step(5)
     job = scene.jobs.jobs_of(ALICE, soon())[0]
-    child = subprocess.Popen(["sleep", "1000"])
+    child = subprocess.Popen(STAYS)
     scene.host.process(child.pid, {})
     with open_process(child.pid) as handle:
         child.kill()
@@ -168,24 +180,62 @@ def test_no_time_left(scene: Scene, process: ProcessHandle) -> None:
     assert step.added == []
 
 
-def test_a_step_that_left_one_unanswered_is_spared_the_next(scene: Scene, process: ProcessHandle) -> None:
-    """It may still be at the first. The others fail at once instead of waiting, and later ones are tried again."""
+def test_none_overtakes_one_that_is_unanswered(scene: Scene, process: ProcessHandle) -> None:
+    """The step may still be at the first, and some releases crash of two: the next waits for that answer."""
+    step = scene.step(5, fault=Fault.HANGS_ON_ADD)
+    job = scene.jobs.jobs_of(ALICE, soon())[0]
+    with pytest.raises(AdoptionFailed, match="no answer in time") as first:
+        scene.jobs.adopt(process, job, soon(100))
+    with pytest.raises(AdoptionFailed, match="has not answered the adoption before") as second:
+        scene.jobs.adopt(process, job, soon(100))
+    assert [error.value.fault for error in (first, second)] == [JobFault.STEP_SILENT] * 2
+    assert step.asked.count(ADD) == 1
+
+
+def test_the_next_is_taken_in_as_soon_as_the_one_before_is_answered(scene: Scene, process: ProcessHandle) -> None:
+    """No login fails because another did a moment ago."""
     step = scene.step(5, fault=Fault.HANGS_ON_ADD)
     job = scene.jobs.jobs_of(ALICE, soon())[0]
     with pytest.raises(AdoptionFailed, match="no answer in time"):
         scene.jobs.adopt(process, job, soon(100))
     step.fault = None
-    began = time.monotonic()
-    with pytest.raises(AdoptionFailed, match="left an adoption unanswered"):
-        scene.jobs.adopt(process, job, soon())
-    assert time.monotonic() - began < 0.5
-    while time.monotonic() < began + SPARED_S + 1.0:
+    step.goes_on.set()
+    with subprocess.Popen(STAYS) as child:
+        scene.host.process(child.pid, {})
         try:
-            scene.jobs.adopt(process, job, soon())
-            break
-        except AdoptionFailed:
-            time.sleep(0.05)
-    assert step.added == [process.pid]
+            with open_process(child.pid) as another:
+                scene.jobs.adopt(another, job, soon())
+            assert step.added == [process.pid, child.pid]
+        finally:
+            child.kill()
+    assert step.at_once_max == 1
+
+
+def test_an_answer_that_is_owed_by_a_step_that_ended_keeps_nobody(scene: Scene, process: ProcessHandle) -> None:
+    """Hanging up is an answer too: what is left is what the step's end means."""
+    step = scene.step(5, fault=Fault.HANGS_ON_ADD)
+    job = scene.jobs.jobs_of(ALICE, soon())[0]
+    with pytest.raises(AdoptionFailed, match="no answer in time"):
+        scene.jobs.adopt(process, job, soon(100))
+    step.end()
+    with pytest.raises(AdoptionFailed, match="has ended") as failure:
+        scene.jobs.adopt(process, job, soon())
+    assert failure.value.fault is JobFault.JOB_ENDED
+
+
+def test_owed_answers_are_kept_of_few_jobs(scene: Scene) -> None:
+    """Each is an open connection; the oldest is given up first."""
+    scene.step(5)
+    job = scene.jobs.jobs_of(ALICE, soon())[0]
+    turns, pairs = Turns(), [socket.socketpair() for _ in range(70)]
+    try:
+        for number, (ours, _) in enumerate(pairs):
+            turns.owes(dataclasses.replace(job, identity=(number,)), ours)
+        assert [ours.fileno() == -1 for ours, _ in pairs] == [True] * 6 + [False] * 64
+    finally:
+        for pair in pairs:
+            for each in pair:
+                each.close()
 
 
 def test_a_hanging_job_does_not_hold_up_another(scene: Scene, process: ProcessHandle) -> None:
@@ -220,7 +270,7 @@ def test_one_at_a_time(scene: Scene) -> None:
 
     step = scene.step(5, move=move_slowly)
     job = scene.jobs.jobs_of(ALICE, soon())[0]
-    children = [subprocess.Popen(["sleep", "1000"]) for _ in range(20)]
+    children = [subprocess.Popen(STAYS) for _ in range(20)]
     failures: List[Exception] = []
 
     def adopt(pid: int) -> None:
@@ -292,7 +342,7 @@ def test_a_process_in_another_step_of_the_job_stays_there(scene: Scene, process:
 @pytest.mark.parametrize("release", ["22.05", "25.11", "26.05"])
 def test_adoption_on_cgroup_v2(tmp_path: Path, release: str) -> None:
     """Read back at system.slice/slurmstepd.scope."""
-    with Scene(tmp_path, [V2]) as scene, subprocess.Popen(["sleep", "1000"]) as child:
+    with Scene(tmp_path, [V2]) as scene, subprocess.Popen(STAYS) as child:
         try:
             scene.host.process(child.pid, {V2: "/user.slice"})
             scene.step(5, release=BY_NAME[release], sluid=77)
@@ -361,3 +411,106 @@ def test_a_namespace_of_no_kind_leaves_nothing_open(scene: Scene) -> None:
             scene.jobs.namespaces(job, soon())
     step.end()
     assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+@pytest.mark.parametrize("release", ["22.05", "26.05"])
+def test_an_adoption_for_a_session_is_one_conversation(scene: Scene, process: ProcessHandle, release: str) -> None:
+    """One connection for the move, the display and the namespaces: each costs the step a thread, and a login time."""
+    with open("/proc/self/ns/mnt") as held:
+        step = scene.step(
+            5, release=BY_NAME[release], x11=(53, "/tmp/xauth-5"), namespaces=[(CLONE_NEWNS, held.fileno())]
+        )
+        job = scene.jobs.jobs_of(ALICE, soon())[0]
+        before = step._served
+        given = scene.jobs.adopt_for_session(process, job, True, True, soon())
+        assert step._served == before + 1
+        with contextlib.closing(given):
+            assert adopted_in(scene, process) == ["5"]
+            assert given.environment["DISPLAY"] == "localhost:53.0"
+            assert [os.fstat(each).st_ino for each in given.descriptors] == [os.fstat(held.fileno()).st_ino]
+
+
+def test_a_display_that_is_not_told_costs_no_session(scene: Scene, process: ProcessHandle) -> None:
+    """The namespaces are then asked for over a connection on which nothing is outstanding."""
+    with open("/proc/self/ns/mnt") as held:
+        step = scene.step(5, namespaces=[(CLONE_NEWNS, held.fileno())])
+        step.x11 = (53, "x" * 100_000)
+        job = scene.jobs.jobs_of(ALICE, soon())[0]
+        before = step._served
+        given = scene.jobs.adopt_for_session(process, job, True, True, soon())
+        assert step._served == before + 2
+        with contextlib.closing(given):
+            assert "DISPLAY" not in given.environment
+            assert len(given.descriptors) == 1
+
+
+def test_who_waits_for_its_turn_does_not_wait_for_another_s_display(scene: Scene, process: ProcessHandle) -> None:
+    """The turn is the adoption's alone."""
+    step = scene.step(5)
+    job = scene.jobs.jobs_of(ALICE, soon())[0]
+    seen: List[bool] = []
+    asked_x11 = StepConnection.x11
+
+    def x11(connection: StepConnection, deadline: Deadline) -> Optional[X11Display]:
+        with scene.jobs._turns.of(job, Deadline.after_ms(1000)):
+            seen.append(True)
+        return asked_x11(connection, deadline)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepConnection, "x11", x11)
+        scene.jobs.adopt_for_session(process, job, True, False, soon()).close()
+    assert seen == [True]
+    assert step.added == [process.pid]
+
+
+def test_jobs_and_an_adoption_are_one_conversation(scene: Scene, process: ProcessHandle) -> None:
+    """Asked whose it is, it takes the process in over the same connection."""
+    step = scene.step(5, x11=(53, "/tmp/xauth-5"))
+    with scene.jobs.here(ALICE, soon()) as here:
+        (job,) = here.jobs
+        given = here.adopt(process, job, True, False, soon())
+    assert step._served == 1
+    assert adopted_in(scene, process) == ["5"]
+    assert given.environment["DISPLAY"] == "localhost:53.0"
+
+
+def test_what_a_step_said_a_while_ago_is_asked_again(
+    scene: Scene, process: ProcessHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a wait for a turn the job may be ending: nothing is adopted by what was true before it."""
+    monkeypatch.setattr(slurm, "_HEARD_FOR_S", 0.0)
+    step = scene.step(5)
+    with scene.jobs.here(ALICE, soon()) as here:
+        (job,) = here.jobs
+        step.state = 3
+        with pytest.raises(AdoptionFailed, match="job 5 is ending") as failure:
+            here.adopt(process, job, False, False, soon())
+    assert failure.value.fault is JobFault.JOB_ENDED
+    assert step.added == []
+
+
+def test_what_follows_a_failed_adoption_is_another_conversation(scene: Scene, process: ProcessHandle) -> None:
+    """The answers to the first may still come: they are not taken for those to the second."""
+    step = scene.step(5, fault=Fault.ADD_FAILS, x11=(53, "/tmp/xauth-5"))
+    with scene.jobs.here(ALICE, soon()) as here:
+        (job,) = here.jobs
+        with pytest.raises(AdoptionFailed, match="error -1"):
+            here.adopt(process, job, True, False, soon())
+        step.fault = None
+        given = here.adopt(process, job, True, False, soon())
+    assert step._served == 2
+    assert adopted_in(scene, process) == ["5"]
+    assert given.environment["DISPLAY"] == "localhost:53.0"
+
+
+def test_a_silent_step_is_asked_anew_for_the_adoption(scene: Scene, process: ProcessHandle) -> None:
+    """It counts as a job by what it said before; over the connection it was silent on, nothing is read any more."""
+    jobs = scene.backend(step_ms=300.0)
+    step = scene.step(5)
+    until(lambda: ids(jobs.jobs_of(ALICE, soon())) == ["5"], "the step to be heard")
+    step.fault = Fault.HANGS
+    with jobs.here(ALICE, soon()) as here:
+        assert ids(here.jobs) == ["5"]
+        step.fault = None
+        here.adopt(process, here.jobs[0], False, False, soon()).close()
+    assert adopted_in(scene, process) == ["5"]

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import socket
 import time
 from pathlib import Path
-from typing import Dict, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import pytest
 
+from adoptd.jobs import slurm_conf
 from adoptd.jobs.slurm_conf import HostView, SlurmConf, SlurmOverrides, SlurmSettings
 from adoptd.jobs.slurm_hosts import RunningSlurmd, aliases_of, expand, find_slurmd
-from adoptd.model import JobManagerError
+from adoptd.model import JobFault, JobManagerError
 
 BASE = "SlurmUser=root\nSlurmdSpoolDir=/var/spool/x\nNodeName=node[1-3] CPUs=2\n"
+
+
+@pytest.fixture(autouse=True)
+def _looks_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change is seen at the next question, not the first one a hundredth of a second later."""
+    monkeypatch.setattr(slurm_conf, "LOOK_S", 0.0)
 
 
 class Host:
@@ -36,8 +45,13 @@ class Host:
         path.chmod(0o644)
         return path
 
-    def conf(self, environment: Optional[Mapping[str, str]] = None, **overrides: str) -> SlurmConf:
-        return SlurmConf(SlurmOverrides(**overrides), environment or {}, self.view)
+    def conf(
+        self,
+        environment: Optional[Mapping[str, str]] = None,
+        noted: Callable[[JobFault], None] = lambda _: None,
+        **overrides: str,
+    ) -> SlurmConf:
+        return SlurmConf(SlurmOverrides(**overrides), environment or {}, self.view, noted)
 
     def settings(self, environment: Optional[Mapping[str, str]] = None, **overrides: str) -> SlurmSettings:
         return self.conf(environment, **overrides).settings()
@@ -54,6 +68,8 @@ class Host:
         directory = self.proc / str(pid)
         (directory / "ns").mkdir(parents=True)
         (directory / "comm").write_text(f"{comm}\n")
+        # The start time, field 22, is the pid: an older process has a lower one.
+        (directory / "stat").write_text(f"{pid} ({comm}) S {' '.join('0' * 18)} {pid} 0\n")
         (directory / "status").write_text(f"Name:\t{comm}\nUid:\t{uids}\nGid:\t0\n")
         (directory / "cmdline").write_bytes(b"\0".join(a.encode() for a in ("slurmd", *arguments)) + b"\0")
         (directory / "exe").symlink_to(exe)
@@ -246,9 +262,10 @@ def test_a_process_that_merely_calls_itself_slurmd(host: Host, facts: Dict[str, 
         (["-N"], RunningSlurmd()),
     ],
 )
-def test_what_slurmd_was_started_with(host: Host, arguments: Sequence[str], expected: RunningSlurmd) -> None:
-    """As getopt reads it. After an upgrade of the package its file is gone, and it is still slurmd."""
-    host.process(100, arguments, exe="/usr/sbin/slurmd (deleted)")
+@pytest.mark.parametrize("exe", ["/usr/sbin/slurmd", "/usr/sbin/slurmd-wlm", "/usr/sbin/slurmd (deleted)"])
+def test_what_slurmd_was_started_with(host: Host, arguments: Sequence[str], expected: RunningSlurmd, exe: str) -> None:
+    """As getopt reads it. Debian's file has another name; after an upgrade it is gone, and it is still slurmd."""
+    host.process(100, arguments, exe=exe)
     host.process(101, [], comm="bash", exe="/bin/bash")
     assert find_slurmd(str(host.proc)) == expected
 
@@ -295,6 +312,58 @@ def test_a_slurmd_started_later_is_seen_in_time(host: Host, monkeypatch: pytest.
     assert conf.settings().node_name == "other"
 
 
+def test_a_slurmd_started_again_under_another_name_is_seen_at_once(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While none runs its name stays: its steps do. What is noted and logged is noted once."""
+    host.write(BASE)
+    host.process(100, ["-N", "first"])
+    noted: List[JobFault] = []
+    conf = host.conf(noted=noted.append)
+    assert conf.settings().node_name == "first"
+    shutil.rmtree(host.proc / "100")
+    assert [conf.settings().node_name for _ in range(3)] == ["first"] * 3
+    assert noted == [JobFault.MANAGER_STOPPED]
+    host.process(200, ["-N", "second"])
+    host.write(BASE + "# touched\n")
+    assert conf.settings().node_name == "second"
+    host.process(300, ["-N", "third"])
+    shutil.rmtree(host.proc / "200")
+    assert conf.settings().node_name == "third"
+    (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "fault=manager_stopped" in line
+    assert "slurmd, process 100, is not running any more" in line
+
+
+def test_half_a_file_is_not_taken(host: Host) -> None:
+    """A slurm.conf that is being written has lost its controller."""
+    host.write(BASE + "SlurmctldHost=c\n")
+    noted: List[JobFault] = []
+    conf = host.conf(noted=noted.append)
+    before = conf.settings()
+    host.write("AuthType=auth/half\n")
+    assert [conf.settings() for _ in range(2)] == [before] * 2
+    assert noted == [JobFault.CONFIGURATION]
+
+
+def test_a_directory_with_no_steps_does_not_replace_one_with_some(host: Host, tmp_path: Path) -> None:
+    """slurm.conf is changed before slurmd is restarted; once there are steps in the new one it counts."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for directory in (old, new):
+        directory.mkdir()
+    host.write(BASE + f"SlurmdSpoolDir={old}\n")
+    conf = host.conf()
+    name = conf.settings().node_name
+    with socket.socket(socket.AF_UNIX) as step:
+        step.bind(str(old / f"{name}_5.4294967292"))
+    host.write(BASE + f"SlurmdSpoolDir={new}\n")
+    assert conf.settings().spool_dir == str(old)
+    with socket.socket(socket.AF_UNIX) as step:
+        step.bind(str(new / f"{name}_6.4294967292"))
+    host.write(BASE + f"SlurmdSpoolDir={new}\n# touched\n")
+    assert conf.settings().spool_dir == str(new)
+
+
 def test_what_was_read_stays_in_force_when_the_file_breaks(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     """A slurm.conf that is being replaced costs no login; it is logged once, and what is right again is taken."""
     host.write(BASE)
@@ -336,3 +405,18 @@ def test_aliases(tmp_path: Path) -> None:
     assert aliases_of("n1", str(file)) == []
     file.write_text("10.0.0.1 n1.example.org n1 batch1 # n9\n10.0.0.2 n2\n#10.0.0.3 n1 x\n")
     assert list(aliases_of("n1", str(file))) == ["n1.example.org", "batch1"]
+
+
+def test_a_file_written_twice_within_one_tick_of_the_clock(tmp_path: Path) -> None:
+    """It has the same size and the same time afterwards, and is read again all the same."""
+    host = Host(tmp_path)
+    conf = host.conf()
+    for turn in range(20):
+        host.write(BASE.replace("/var/spool/x", f"/var/spool/a{turn % 10}"))
+        conf.settings()
+        wanted = f"/var/spool/b{turn % 10}"
+        host.write(BASE.replace("/var/spool/x", wanted))
+        ends = time.monotonic() + 20.0
+        while conf.settings().spool_dir != wanted:
+            assert time.monotonic() < ends, f"turn {turn}: {conf.settings().spool_dir} is in force, not {wanted}"
+            time.sleep(0.01)

@@ -13,9 +13,12 @@ import pytest
 from slurm_scene import ALICE, BOB, HASTY_MS, PATIENT_MS, SLICE, V1, Scene, ids, soon
 
 from adoptd.jobs import CgroupFinding
+from adoptd.jobs.slurm import SlurmJobs
+from adoptd.jobs.slurm_conf import SlurmConf
 from adoptd.jobs.slurm_paths import format_sluid
-from adoptd.model import Ambiguous, JobManagerError
+from adoptd.model import Ambiguous, JobFault, JobManagerError
 from fake_cgroups import V2
+from lab.waiting import until
 from slurmstepd_double import BY_NAME, RELEASES, Fault, Release, stale_socket
 
 ALL_RELEASES = pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
@@ -184,6 +187,48 @@ def test_ten_hanging_steps_cost_no_more_than_one(scene: Scene) -> None:
     started = time.monotonic()
     assert len(scene.jobs.jobs_of(ALICE, soon())) == 11
     assert time.monotonic() - started < 0.6
+
+
+@pytest.mark.timeout(30)
+def test_a_step_that_hangs_is_waited_for_once_and_not_at_every_login(scene: Scene) -> None:
+    """The backend would wait ten seconds for each of these; and as soon as it answers it is heard."""
+    hanging = scene.step(5)
+    scene.step(6)
+    before = scene.jobs.jobs_of(ALICE, soon())
+    hanging.fault = Fault.HANGS
+    assert scene.jobs.jobs_of(ALICE, soon(300)) == before
+    for _ in range(20):
+        assert scene.jobs.jobs_of(ALICE, soon()) == before
+    hanging.fault = None
+    hanging.state = 3
+    until(lambda: ids(scene.jobs.jobs_of(ALICE, soon())) == ["6"], "the step to be heard")
+
+
+def test_what_no_login_fails_of_is_noted(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """Each socket that is left behind once, in one line; a silent step at every login; a user's socket too."""
+    for number in range(7):
+        stale_socket(scene.spool, f"n1_{100 + number}.4294967292")
+    foreign = stale_socket(scene.spool, "n1_200.4294967292")
+    os.chown(foreign, ALICE, ALICE)
+    noted: List[JobFault] = []
+    jobs = SlurmJobs(
+        SlurmConf(scene.overrides, {}, scene.view), scene.host.mounts, step_ms=HASTY_MS, noted=noted.append
+    )
+    step = scene.step(5)
+    for _ in range(3):
+        assert ids(jobs.jobs_of(ALICE, soon())) == ["5"]
+    step.fault = Fault.HANGS
+    assert ids(jobs.jobs_of(ALICE, soon())) == ["5"]
+    assert noted.count(JobFault.STALE_SOCKET) == 7
+    assert noted.count(JobFault.FOREIGN_SOCKET) == 4
+    assert noted.count(JobFault.STEP_SILENT) == 1
+    assert len(noted) == 12
+    lines = [record.message for record in caplog.records]
+    (left,) = [line for line in lines if "nobody listens" in line]
+    assert "on 7 step sockets (n1_100.4294967292, " in left
+    assert "and 2 more" in left
+    assert len([line for line in lines if "n1_200" in line and "ignored" in line]) == 1
+    assert len([line for line in lines if "n1_5" in line and "still counted" in line]) == 1
 
 
 def test_no_time_left_is_not_no_jobs(scene: Scene) -> None:
@@ -429,7 +474,7 @@ def test_a_cgroup_id_on_a_host_of_cgroup_v1(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("path", "finding"),
     [
-        (None, CgroupFinding.CANNOT_TELL),
+        (None, CgroupFinding.GONE),
         ("/", CgroupFinding.CANNOT_TELL),
         ("/user.slice/session-3.scope", CgroupFinding.NO_JOB),
         (f"{SLICE}/job_5", CgroupFinding.NO_JOB),
@@ -474,3 +519,44 @@ def test_many_questions_at_once(scene: Scene) -> None:
     for thread in threads:
         thread.join()
     assert sorted(set(answers)) == [(0, 0), (ALICE, 3), (BOB, 3)]
+
+
+def test_a_directory_s_time_is_no_proof(scene: Scene) -> None:
+    """Steps come, end and come again while it stands still: within a tick of the clock, or after one was set back."""
+
+    def stand_still() -> None:
+        os.utime(scene.spool, ns=(10**18, 10**18))
+
+    scene.step(1)
+    stand_still()
+    assert ids(scene.jobs.jobs_of(ALICE, soon())) == ["1"]
+    for _ in range(5):
+        step = scene.step(2)
+        stand_still()
+        first = next(job for job in scene.jobs.jobs_of(ALICE, soon()) if job.id == "2")
+        step.end()
+        stand_still()
+        assert ids(scene.jobs.jobs_of(ALICE, soon())) == ["1"]
+        again = scene.step(2)
+        stand_still()
+        second = next(job for job in scene.jobs.jobs_of(ALICE, soon()) if job.id == "2")
+        # The inode may be the same again: the socket's ctime is another, and so the job is asked anew.
+        assert second.created != first.created
+        again.end()
+        stand_still()
+
+
+def test_a_step_that_came_again_is_not_the_one_remembered(scene: Scene) -> None:
+    """Requeued with nobody asking in between: the memory of the first run names no job of the second."""
+    spool = scene.jobs._spool
+    step = scene.step(7)
+    scene.jobs.jobs_of(ALICE, soon())
+    assert spool.remembered(7) is not None
+    step.end()
+    assert spool.remembered(7) is None
+    scene.step(7, uid=BOB)
+    assert spool.remembered(7) is None
+    assert ids(scene.jobs.jobs_of(BOB, soon())) == ["7"]
+    known = spool.remembered(7)
+    assert known is not None
+    assert known.uid == BOB

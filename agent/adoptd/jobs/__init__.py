@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import os
 from dataclasses import dataclass
-from typing import Mapping, Optional, Protocol, Sequence, Tuple
+from typing import Callable, ContextManager, Mapping, Optional, Protocol, Sequence, Tuple
 
 from adoptd.deadline import Deadline
 from adoptd.model import Job
@@ -21,21 +21,27 @@ class CgroupFinding(enum.Enum):
     """What a cgroup-v2 id alone says about the job of whatever had it.
 
     Only JOB and NO_JOB are answers. CANNOT_TELL means that somebody else must be asked (the process
-    itself, if it is still the same); taking it for NO_JOB would deny users their own jobs.
+    itself, if it is still the same); taking it for NO_JOB would deny users their own jobs. GONE is the same of a
+    cgroup that has been removed, where jobs are in v2 alone: it was empty then, so who is still there was moved.
     """
 
     JOB = "job"
     NO_JOB = "no_job"
     CANNOT_TELL = "cannot_tell"
+    GONE = "gone"
 
 
 @dataclass(frozen=True)
 class CgroupVerdict:
-    """The finding, the job exactly when the finding is JOB, and for the log what led to it."""
+    """The finding, the job exactly when the finding is JOB, and for the log what led to it.
+
+    ``holds``: whether the process that was asked about is in the job now; None if none was, or it is gone.
+    """
 
     finding: CgroupFinding
     why: str
     job: Optional[Job] = None
+    holds: Optional[bool] = None
 
     def __post_init__(self) -> None:
         if (self.finding is CgroupFinding.JOB) != (self.job is not None):
@@ -62,6 +68,17 @@ class JobSession:
         self.close()
 
 
+Adopt = Callable[[ProcessHandle, Job, bool, bool, Deadline], JobSession]
+
+
+@dataclass(frozen=True)
+class JobsHere:
+    """One user's jobs, newest first, and how to adopt into one of them: as JobBackend.adopt_for_session."""
+
+    jobs: Tuple[Job, ...]
+    adopt: Adopt
+
+
 class JobBackend(Protocol):
     """One job manager. Two Job values are the same job if ``id``, ``uid`` and ``identity`` are equal.
 
@@ -79,6 +96,12 @@ class JobBackend(Protocol):
     def jobs_of(self, uid: int, deadline: Deadline) -> Tuple[Job, ...]:
         """The user's jobs on this node, newest first. Raises JobManagerError: it cannot be asked, or not in time."""
 
+    def here(self, uid: int, deadline: Deadline) -> ContextManager[JobsHere]:
+        """:meth:`jobs_of`, with whatever the manager was asked through kept open, for an adoption that comes at once.
+
+        One thread's, for as long as it takes to decide. Raises what jobs_of raises.
+        """
+
     def all_jobs(self, deadline: Deadline) -> Tuple[Job, ...]:
         """Every job on this node, by uid and then newest first. Raises JobManagerError."""
 
@@ -89,8 +112,17 @@ class JobBackend(Protocol):
         in more than one job, JobManagerError.
         """
 
-    def job_of_cgroup(self, cgroup_id: int) -> CgroupVerdict:
-        """What a cgroup-v2 id says. Raises JobManagerError."""
+    def job_of_cgroup(self, cgroup_id: int, pid: Optional[int] = None) -> CgroupVerdict:
+        """What a cgroup-v2 id says, and whether process ``pid`` is in that job: :meth:`contains` with the same look.
+
+        Raises JobManagerError.
+        """
+
+    def job_cgroups(self, where: Mapping[int, str]) -> Mapping[int, str]:
+        """Of a process that is at ``where`` (CgroupMounts.membership), its job's cgroup as a whole, by hierarchy.
+
+        By the paths alone, and only the hierarchies in which it is in a job's.
+        """
 
     def adopt(self, process: ProcessHandle, job: Job, deadline: Deadline) -> None:
         """Move the process into the job and read back that it is there; it is, or AdoptionFailed is raised.
@@ -98,6 +130,11 @@ class JobBackend(Protocol):
         All or nothing: after AdoptionFailed the process is where it was, or the message says where it is
         stuck. A process already in the job is left as it is. Raises nothing else.
         """
+
+    def adopt_for_session(
+        self, process: ProcessHandle, job: Job, x11: bool, namespaces: bool, deadline: Deadline
+    ) -> JobSession:
+        """:meth:`adopt`, then :meth:`session`. Raises what they raise; after JobManagerError it is in the job."""
 
     def contains(self, job: Job, pid: int) -> bool:
         """Whether the process is in this very job (not in a later one of the same id). Raises JobManagerError."""

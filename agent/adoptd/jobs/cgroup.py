@@ -7,26 +7,24 @@ remove a cgroup: that is the manager's. Built by the service, called by callerid
 
 from __future__ import annotations
 
-import logging
 import os
-from contextlib import ExitStack
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from contextlib import ExitStack, contextmanager
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
+from adoptd import log
 from adoptd.deadline import Deadline
 from adoptd.hierarchy import CgroupMounts, Hierarchy, HierarchyKind, path_of_id
-from adoptd.jobs import CgroupFinding, CgroupVerdict, JobSession
+from adoptd.jobs import CgroupFinding, CgroupVerdict, JobSession, JobsHere
 from adoptd.jobs.directories import Budget, FoundJob, JobDirectories, OpenedJob
 from adoptd.jobs.environment import processes_below
 from adoptd.jobs.move import Target, move
 from adoptd.jobs.template import JobPath, parse_leaf
-from adoptd.model import AdoptionFailed, Ambiguous, Job, JobManagerError
+from adoptd.model import AdoptionFailed, Ambiguous, Job, JobFault, JobManagerError
 from adoptd.process import ProcessHandle
 
 # A process is moved by its manager a few times in its life; one that is elsewhere at every look is not followed.
 _LOOKS_MAX = 3
 _LEAF_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-_log = logging.getLogger(__name__)
 
 
 class CgroupJobs:
@@ -50,6 +48,11 @@ class CgroupJobs:
         found = self._directories.listing(uid if self._template.has_uid else None, Budget(deadline))
         return _newest_first([job for job in found if job.uid == uid])
 
+    @contextmanager
+    def here(self, uid: int, deadline: Deadline) -> Iterator[JobsHere]:
+        """jobs_of() and adopt_for_session(): there is nothing to keep open."""
+        yield JobsHere(self.jobs_of(uid, deadline), self.adopt_for_session)
+
     def all_jobs(self, deadline: Deadline) -> Tuple[Job, ...]:
         """Everybody's jobs, by uid and then newest first. Raises JobManagerError.
 
@@ -66,7 +69,7 @@ class CgroupJobs:
             try:
                 jobs.extend(_newest_first(by_owner[owner]))
             except JobManagerError as error:
-                _log.warning("jobs of uid %d left out: %s", owner, error)
+                log.warning("jobs_left_out", uid=owner, error=str(error))
         return tuple(jobs)
 
     def job_of_process(self, pid: int) -> Optional[Job]:
@@ -87,28 +90,31 @@ class CgroupJobs:
             before = after
         raise Ambiguous(f"process {pid} is being moved from cgroup to cgroup")
 
-    def job_of_cgroup(self, cgroup_id: int) -> CgroupVerdict:
+    def job_of_cgroup(self, cgroup_id: int, pid: Optional[int] = None) -> CgroupVerdict:
         """What a cgroup-v2 id says about the job of whatever had it. Raises JobManagerError.
 
         NO_JOB only where jobs are in v2 and nowhere else: a process outside every job's v2 cgroup may still be in
         a job's v1 cgroups, and one in the v2 root has, on a host whose manager uses v1, merely not been moved.
         """
+        # Read first, as in contains().
+        where = None if pid is None else self._mounts.membership(pid)
         unified, legacy = self._by_kind()
         if unified is None:
             return CgroupVerdict(CgroupFinding.CANNOT_TELL, "no cgroup v2 hierarchy is mounted")
         path = path_of_id(unified, cgroup_id)
         if path is None:
-            return CgroupVerdict(CgroupFinding.CANNOT_TELL, f"cgroup {cgroup_id} has been removed")
+            return self._removed(cgroup_id, unified, legacy)
         if path == "/":
             return CgroupVerdict(CgroupFinding.CANNOT_TELL, "the root cgroup is where nothing has been moved")
         location = self._template.parse(path)
         if location is not None:
-            job = self._believed(location.uid, location.job_id, [unified])
+            found = self._believed_at(location.uid, location.job_id, [unified])
             # Still there: then nothing above it was removed and made again while the job was looked at.
             if path_of_id(unified, cgroup_id) != path:
-                return CgroupVerdict(CgroupFinding.CANNOT_TELL, f"cgroup {cgroup_id} has been removed")
-            if job is not None:
-                return CgroupVerdict(CgroupFinding.JOB, f"{path!r}", job)
+                return self._removed(cgroup_id, unified, legacy)
+            if found is not None:
+                holds = None if where is None else self._is_in(found, where)
+                return CgroupVerdict(CgroupFinding.JOB, f"{path!r}", _newest_first([found])[0], holds)
         if not self._directories.holds_jobs(unified):
             return CgroupVerdict(CgroupFinding.CANNOT_TELL, "no jobs are kept in cgroup v2 on this host")
         if any(self._directories.holds_jobs(hierarchy) for hierarchy in legacy):
@@ -117,15 +123,36 @@ class CgroupJobs:
             )
         return CgroupVerdict(CgroupFinding.NO_JOB, f"{path!r} is in no job")
 
+    def _removed(self, cgroup_id: int, unified: Hierarchy, legacy: Sequence[Hierarchy]) -> CgroupVerdict:
+        only_here = self._directories.holds_jobs(unified) and not any(map(self._directories.holds_jobs, legacy))
+        finding = CgroupFinding.GONE if only_here else CgroupFinding.CANNOT_TELL
+        return CgroupVerdict(finding, f"cgroup {cgroup_id} has been removed")
+
+    def job_cgroups(self, where: Mapping[int, str]) -> Mapping[int, str]:
+        """Of a process at ``where``, its job's cgroup by hierarchy."""
+        found = {}
+        for number, path in where.items():
+            location = self._template.parse(path)
+            if location is not None:
+                found[number] = self._template.render(location.uid, location.job_id)
+        return found
+
     def adopt(self, process: ProcessHandle, job: Job, deadline: Deadline) -> None:
         """Move the process into the job's leaf in every hierarchy that has the job. Raises AdoptionFailed."""
         try:
             with self._directories.opened(self._path_uid(job), job.id) as opened, ExitStack() as stack:
                 if opened is None or not self._is_still(opened, job):
-                    raise AdoptionFailed(f"job {job.id} of uid {job.uid} is gone")
+                    raise AdoptionFailed(f"job {job.id} of uid {job.uid} is gone", JobFault.JOB_ENDED)
                 move(process, self._targets(opened, stack), self._mounts, deadline)
         except (JobManagerError, ValueError) as error:
             raise AdoptionFailed(f"job {job.id} of uid {job.uid}: {error}") from None
+
+    def adopt_for_session(
+        self, process: ProcessHandle, job: Job, x11: bool, namespaces: bool, deadline: Deadline
+    ) -> JobSession:
+        """adopt(), then session()."""
+        self.adopt(process, job, deadline)
+        return self.session(job, x11, namespaces, deadline)
 
     def contains(self, job: Job, pid: int) -> bool:
         """Whether the process is in this very job in every hierarchy that has it. Raises JobManagerError."""
@@ -134,17 +161,18 @@ class CgroupJobs:
         if where is None:
             return False
         try:
-            with self._directories.opened(self._path_uid(job), job.id) as opened:
-                if opened is None or not self._is_still(opened, job):
-                    return False
-                numbers = [place.hierarchy.number for place in opened.found.places]
+            found = self._directories.find(self._path_uid(job), job.id)
         except ValueError:
             return False
-        locations = [self._template.parse(where.get(number, "")) for number in numbers]
-        return all(
-            location is not None and (location.job_id, location.uid) == (job.id, self._path_uid(job))
-            for location in locations
-        )
+        if found is None or found.uid != job.uid or not found.is_still(job.identity):
+            return False
+        return self._is_in(found, where)
+
+    def _is_in(self, job: FoundJob, where: Mapping[int, str]) -> bool:
+        """Whether a process at ``where`` is in the job in every hierarchy that has it."""
+        named = (job.id, job.uid if self._template.has_uid else None)
+        locations = (self._template.parse(where.get(place.hierarchy.number, "")) for place in job.places)
+        return all(location is not None and (location.job_id, location.uid) == named for location in locations)
 
     def processes(self, job: Job, deadline: Deadline) -> Tuple[int, ...]:
         """Pids in the job's cgroup and below it, sessions among them: a plain cgroup does not tell them apart."""
@@ -153,7 +181,7 @@ class CgroupJobs:
                 if opened is None or not self._is_still(opened, job):
                     return ()
                 # The directory that was checked, not whichever has its path by now.
-                return processes_below(f"/proc/self/fd/{opened.descriptors[0]}")
+                return processes_below(f"/proc/self/fd/{opened.descriptors[0]}", deadline)
         except ValueError:
             return ()
 
@@ -188,11 +216,15 @@ class CgroupJobs:
         return [job for job in jobs if job is not None]
 
     def _believed(self, uid: Optional[int], job_id: str, hierarchies: Sequence[Hierarchy]) -> Optional[Job]:
+        found = self._believed_at(uid, job_id, hierarchies)
+        return None if found is None else _newest_first([found])[0]
+
+    def _believed_at(self, uid: Optional[int], job_id: str, hierarchies: Sequence[Hierarchy]) -> Optional[FoundJob]:
         """The job of that path, if it may be believed and is in one of the hierarchies that named it."""
-        with self._directories.opened(uid, job_id) as opened:
-            if opened is None or all(place.hierarchy not in hierarchies for place in opened.found.places):
-                return None
-            return _newest_first([opened.found])[0]
+        found = self._directories.find(uid, job_id)
+        if found is None or all(place.hierarchy not in hierarchies for place in found.places):
+            return None
+        return found
 
     def _targets(self, opened: OpenedJob, stack: ExitStack) -> List[Target]:
         uid = opened.found.uid if self._template.has_uid else None

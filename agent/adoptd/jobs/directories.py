@@ -11,17 +11,17 @@ A job that fails in one hierarchy is refused in all: a job is moved into everywh
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
+from adoptd import log
 from adoptd.deadline import Deadline
 from adoptd.hierarchy import CgroupMounts, Hierarchy, open_root_with_status
 from adoptd.jobs.template import JobPath
-from adoptd.model import JobManagerError
+from adoptd.model import JobFault, JobManagerError
 
 # A node holds hundreds of jobs; a directory with more entries than this is not a job manager's doing.
 ENTRIES_MAX = 65_536
@@ -30,8 +30,6 @@ _ENTRIES_PER_DEADLINE_CHECK = 256
 _REFUSALS_MAX = 1024
 _OPEN_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Budget:
     def check(self) -> None:
         """Raises JobManagerError if the deadline has passed."""
         if self._deadline.expired:
-            raise JobManagerError("the job directories could not be read in time")
+            raise JobManagerError("the job directories could not be read in time", JobFault.OUT_OF_TIME)
 
 
 @dataclass(frozen=True)
@@ -161,6 +159,20 @@ class JobDirectories:
             found = self._judge(uid, job_id, places, faults)
             yield None if found is None else OpenedJob(found, tuple(descriptors))
 
+    def find(self, uid: Optional[int], job_id: str) -> Optional[FoundJob]:
+        """As :meth:`opened`, for who only wants to know: by names, with a third of the system calls.
+
+        Nobody but root can put another directory in the place of one on the way: that is what is checked of each.
+        Raises JobManagerError, ValueError.
+        """
+        components = (*self._template.parents(uid), self._template.job_name(job_id))
+        places, faults = [], []
+        for hierarchy in self._hierarchies():
+            place, fault = _look(hierarchy, components)
+            places.extend([place] if place is not None else [])
+            faults.extend([fault] if fault is not None else [])
+        return self._judge(uid, job_id, places, faults)
+
     def holds_jobs(self, hierarchy: Hierarchy) -> bool:
         """Whether the hierarchy has the directory that all jobs are under. Raises JobManagerError."""
         parent = self._open_parent(hierarchy, self._template.fixed)
@@ -213,7 +225,7 @@ class JobDirectories:
                 with suppress(StopIteration, KeyError, RuntimeError):
                     del self._refused[next(iter(self._refused))]
             self._refused[reason] = None
-            _log.warning("job refused: %s", reason)
+            log.warning("job_refused", error=reason)
 
     def _note_missing(self, found_parents: bool) -> None:
         """Say once that the directory of all jobs is nowhere: a manager that starts lazily, or a wrong ``path``.
@@ -226,7 +238,8 @@ class JobDirectories:
         elif not self._warned_of_missing:
             self._warned_of_missing = True
             fixed = "/" + "/".join(self._template.fixed)
-            _log.warning("%s is in no cgroup hierarchy, so nobody has a job; job path: %s", fixed, self._template.text)
+            words = f"{fixed} is in no cgroup hierarchy, so nobody has a job; [jobs] path is {self._template.text}"
+            log.warning("jobs_directory_missing", error=words)
 
     def _hierarchies(self) -> Tuple[Hierarchy, ...]:
         hierarchies = self._mounts.hierarchies()
@@ -258,6 +271,43 @@ class JobDirectories:
             path = f"{path}/{name}"
             fault = fault or _fault(status, path)
         return _Parent(hierarchy, descriptor, fault)
+
+
+def _look(hierarchy: Hierarchy, components: Sequence[str]) -> Tuple[Optional[Place], Optional[str]]:
+    """The directory at the end of ``components``, None if it is not there, and what is wrong on the way to it."""
+    path = "/".join((hierarchy.mount_point, *components))
+    found = _directory_at(path, hierarchy)
+    mount = _status_of(hierarchy.mount_point, follow=True)
+    if mount is None or mount.st_dev != hierarchy.device:
+        raise JobManagerError(f"{hierarchy.mount_point}: cgroup hierarchy {hierarchy.label} is no longer mounted here")
+    if found is None:
+        return None, None
+    fault = _fault(mount, hierarchy.mount_point)
+    path = hierarchy.mount_point
+    for name in components[:-1]:
+        path = f"{path}/{name}"
+        above = _directory_at(path, hierarchy)
+        if above is None:
+            return None, None
+        fault = fault or _fault(above, path)
+    return Place(hierarchy, found.st_ino, found.st_uid), fault
+
+
+def _directory_at(path: str, hierarchy: Hierarchy) -> Optional[os.stat_result]:
+    """The directory of that hierarchy, and no link to one; None if there is none."""
+    status = _status_of(path, follow=False)
+    if status is None or not stat.S_ISDIR(status.st_mode) or status.st_dev != hierarchy.device:
+        return None
+    return status
+
+
+def _status_of(path: str, follow: bool) -> Optional[os.stat_result]:
+    try:
+        return os.stat(path, follow_symlinks=follow)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise JobManagerError(f"{path}: {error.strerror}") from None
 
 
 def _places(parents: Sequence[_Parent], name: str) -> Tuple[List[Place], List[str]]:

@@ -8,11 +8,11 @@ gives them nothing in their session that they could not have set there themselve
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-from typing import Dict, Iterator, List, Mapping, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
+from adoptd import log
 from adoptd.deadline import Deadline
 from adoptd.environment import NAME, environment_of
 from adoptd.jobs import JobBackend
@@ -33,8 +33,6 @@ _SHARE_MS = 100.0
 _PROCESSES_MAX = 1024
 _TRIES_MAX = 16
 _PATTERN = re.compile(NAME.pattern + r"\*?")
-
-_log = logging.getLogger(__name__)
 
 
 def parse_pattern(text: str) -> str:
@@ -70,14 +68,13 @@ class JobEnvironment:
         try:
             found = self._found(backend, job, deadline.earlier(_SHARE_MS))
         except JobManagerError as error:
-            _log.warning("no environment of job %s for a session: %s", job.id, error)
+            log.warning("session_without_environment", job=job.id, error=str(error))
             return environment
         merged = {**found, **environment}
         size = sum(len(f"{name}={value}".encode("utf-8", "surrogateescape")) + 1 for name, value in merged.items())
         if size > ENVIRONMENT_MAX_BYTES:
-            _log.warning(
-                "no environment of job %s for a session: %d bytes, at most %d", job.id, size, ENVIRONMENT_MAX_BYTES
-            )
+            words = f"its variables have {size} bytes, expected at most {ENVIRONMENT_MAX_BYTES}"
+            log.warning("session_without_environment", job=job.id, error=words)
             return environment
         return merged
 
@@ -107,12 +104,15 @@ class JobEnvironment:
         return any(_matches(pattern, name) for pattern in self._patterns) and not is_forbidden(name)
 
 
-def processes_below(directory: str) -> Tuple[int, ...]:
-    """The pids in a cgroup and those below it, as far as they can be read; some 1000 of them are enough."""
+def processes_below(directory: str, deadline: Optional[Deadline] = None) -> Tuple[int, ...]:
+    """The pids in a cgroup and those below it, as far as they can be read in time; some 1000 of them are enough.
+
+    A user to whom it was given can make as many cgroups below it as they like.
+    """
     found: List[int] = []
     for pids in _listed(directory):
         found += pids
-        if len(found) >= _PROCESSES_MAX:
+        if len(found) >= _PROCESSES_MAX or (deadline is not None and deadline.expired):
             break
     return tuple(found)
 

@@ -22,6 +22,8 @@ from adoptd.process import ProcessHandle
 # What cgroup v2 answers for a cgroup that may not hold processes: EBUSY where it has controllers enabled
 # for its children, EOPNOTSUPP where it is of an invalid threaded type (cgroup_migrate_vet_dst, Linux 4.14).
 _NO_PROCESSES_ERRORS = frozenset({errno.EBUSY, errno.EOPNOTSUPP})
+# 20 us each; a login's process has one.
+_THREADS_MAX = 1024
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ def is_within(path: str, top: str) -> bool:
 def move(process: ProcessHandle, targets: Sequence[Target], mounts: CgroupMounts, deadline: Deadline) -> None:
     """Move the whole thread group into every target, and read back that it is there.
 
-    A process that is already at or below a target is left where it is: what goes on inside a job is the
-    job's business. Raises AdoptionFailed, after having put the process back where it was.
+    A process that is already at or below a target, with all its threads, is left where it is: what goes on inside a
+    job is the job's business. Raises AdoptionFailed, after having put the process back where it was.
     """
     before = _where(process, mounts)
-    todo = [target for target in targets if not _is_at(before, target)]
+    threads = _threads_of(process, before, mounts)
+    todo = [target for target in targets if not all(_is_at(each, target) for each in threads)]
     with ExitStack() as stack:
         # Everything that can fail without a write fails before the first write.
         steps = [_prepare(process, target, before, stack) for target in todo]
@@ -79,6 +82,19 @@ def _where(process: ProcessHandle, mounts: CgroupMounts) -> Mapping[int, str]:
     if where is None or not process.alive():
         raise AdoptionFailed(f"process {process.pid} has exited")
     return where
+
+
+def _threads_of(process: ProcessHandle, first: Mapping[int, str], mounts: CgroupMounts) -> Sequence[Mapping[int, str]]:
+    """Where each thread is, ``first`` being where the first is: in v1 (file ``tasks``) one can be moved alone."""
+    try:
+        names = os.listdir(f"/proc/{process.pid}/task")
+        if len(names) < 2:
+            return [first]
+        found = [mounts.membership(int(name)) for name in names[:_THREADS_MAX]]
+    except (OSError, JobManagerError):
+        # It has exited, or is about to: the move says so.
+        return [first]
+    return [first, *(where for where in found if where is not None)]
 
 
 def _is_at(where: Mapping[int, str], target: Target) -> bool:

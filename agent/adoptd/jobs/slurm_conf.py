@@ -7,7 +7,6 @@ read stay in force, as they do in slurmd. Built by the service, asked by the slu
 
 from __future__ import annotations
 
-import logging
 import os
 import pwd
 import re
@@ -17,11 +16,13 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
+from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
 
+from adoptd import log
 from adoptd.jobs.slurm_hosts import RunningSlurmd, aliases_of, expand, find_slurmd
 from adoptd.jobs.slurm_paths import DEFAULT_PREPEND, DEFAULT_SLICE, SlurmPaths
-from adoptd.model import JobManagerError
+from adoptd.model import JobFault, JobManagerError
+from adoptd.process import started_ns
 
 # Where packages and builds of Slurm have it, and where a slurmd without a file of its own keeps the
 # controller's (configless, 20.02 on). src/common/read_config.c asks in this order: a file of the node's first.
@@ -35,14 +36,19 @@ CONF_FILES = (
 DEFAULT_SPOOL_DIR = "/var/spool/slurmd"  # DEFAULT_SPOOLDIR of read_config.h
 # A slurmd started later with another -N leaves every file as it is, so the settings are made anew now and then.
 _FRESH_S = 60.0
+# While slurmd is away, or seems to keep its old directory: it may be back, or in the new one, at any time.
+_UNSETTLED_S = 2.0
+# A file that is younger than this when it is read may change again with the same time: the kernel's clock for files
+# ticks at least 100 times a second (CONFIG_HZ). It is read again when it is older.
+_SETTLING_S = 0.1
+# One answer or adoption asks a dozen times for what is in force, and is done within this time.
+LOOK_S = 0.01
 _INCLUDES_MAX = 64
 _FILE_MAX_BYTES = 16 << 20
 # src/common/parse_config.c: a value is quoted or one word, and there may be spaces around the "=".
 _PAIR = re.compile(r'([A-Za-z0-9_.]+)[ \t]*=[ \t]*("[^"]*"|[^ \t"]+)')
 _INCLUDE = re.compile(r"[ \t]*include[ \t]+([^ \t]+)[ \t]*", re.IGNORECASE)
 _COMMENT = re.compile(r"(?<!\\)#.*")
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,27 @@ class HostView:
 
 
 @dataclass(frozen=True)
+class _Signature:
+    """What tells one content of a file from another without reading it; zeros where there is no file."""
+
+    file: str
+    inode: int = 0
+    size: int = 0
+    mtime_ns: int = 0
+    ctime_ns: int = 0
+
+    @classmethod
+    def of(cls, file: str, status: os.stat_result) -> _Signature:
+        return cls(file, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclass(frozen=True)
 class _Text:
-    """The merged text of slurm.conf: single values by lower-case key, node lines in order, the files read."""
+    """The merged text of slurm.conf: single values by lower-case key, node lines in order, and the files."""
 
     values: Mapping[str, str]
     nodes: Tuple[Tuple[str, str], ...]
-    files: Tuple[str, ...]
+    files: Tuple[_Signature, ...]
     owner: int
 
 
@@ -106,20 +127,30 @@ class SlurmConf:
         overrides: SlurmOverrides = SlurmOverrides(),
         environment: Optional[Mapping[str, str]] = None,
         host: HostView = HostView(),
+        noted: Callable[[JobFault], None] = lambda _: None,
     ) -> None:
-        """Nothing is read before it is asked for: slurmd may start, and fetch its files, after us."""
+        """Nothing is read before it is asked for: slurmd may start, and fetch its files, after us.
+
+        ``noted`` is told of each fault that is worked around.
+        """
+        self._noted = noted
         self._overrides = overrides
         self._environment = dict(os.environ if environment is None else environment)
         self._host = host
         self._lock = threading.Lock()
         self._known: Optional[SlurmSettings] = None
-        self._signature: Tuple[Tuple[str, int, int, int], ...] = ()
+        self._signature: Tuple[_Signature, ...] = ()
         self._until_s = 0.0
+        self._looked_until_s = 0.0
         self._complaint = ""
+        # The slurmd seen last, which may have been stopped since, and whether it has.
+        self._slurmd = RunningSlurmd()
+        self._stopped = False
+        self._has_controller = False
 
     def for_node(self, node_name: str) -> SlurmConf:
         """The same settings for the slurmd that has this NodeName."""
-        return SlurmConf(replace(self._overrides, node_name=node_name), self._environment, self._host)
+        return SlurmConf(replace(self._overrides, node_name=node_name), self._environment, self._host, self._noted)
 
     def is_there(self) -> bool:
         """Whether Slurm looks installed here: a slurm.conf or a spool directory. For ``backend = "auto"``."""
@@ -129,55 +160,128 @@ class SlurmConf:
     def settings(self) -> SlurmSettings:
         """What is in force now. Raises JobManagerError if nothing ever could be read."""
         with self._lock:
-            if self._known is not None and time.monotonic() < self._until_s and self._signature == self._sign():
-                return self._known
+            now_s = time.monotonic()
+            if self._known is not None and now_s < self._until_s:
+                if now_s < self._looked_until_s:
+                    return self._known
+                if not self._changed():
+                    self._looked_until_s = now_s + LOOK_S
+                    return self._known
+            fresh_s = _FRESH_S
             try:
-                self._known, files = self._load()
-                self._signature = tuple(_signature_of(file) for file in files)
-                self._complaint = ""
+                read_ns = time.time_ns()
+                found, self._signature = self._load()
+                kept = self._still_in(found)
+                if kept is None:
+                    self._complaint = ""
+                else:
+                    found = replace(found, spool_dir=kept)
+                self._known = found
+                if self._stopped or kept is not None:
+                    fresh_s = _UNSETTLED_S
+                if any(abs(read_ns - each.mtime_ns) < _SETTLING_S * 1e9 for each in self._signature):
+                    fresh_s = _SETTLING_S
             except JobManagerError as error:
                 if self._known is None:
                     raise
                 # Steps that run go by what was there before: slurmd does not forget it either.
-                if str(error) != self._complaint:
-                    self._complaint = str(error)
-                    _log.warning("Slurm's configuration cannot be read, the one before stays in force: %s", error)
-            self._until_s = time.monotonic() + _FRESH_S
+                self._complain(f"Slurm's configuration cannot be read, the one before stays in force: {error}")
+            self._until_s = time.monotonic() + fresh_s
             return self._known
 
-    def _sign(self) -> Tuple[Tuple[str, int, int, int], ...]:
-        return tuple(_signature_of(name) for name, *_ in self._signature)
+    def _changed(self) -> bool:
+        """Whether a file is another, or the slurmd that was running is no more: another may go by other settings."""
+        if self._signature != self._sign():
+            return True
+        slurmd = self._slurmd
+        gone = slurmd.pid != 0 and started_ns(slurmd.pid, self._host.proc_root) != slurmd.started_ns
+        return gone and not self._stopped
 
-    def _load(self) -> Tuple[SlurmSettings, Tuple[str, ...]]:
+    def _still_in(self, found: SlurmSettings) -> Optional[str]:
+        """The directory before, where the file names another and only the one before has steps of this node's.
+
+        The file may have been changed for a slurmd that is yet to be started.
+        """
+        before = self._known
+        if before is None or before.spool_dir == found.spool_dir or self._overrides.spool_dir:
+            return None
+        if _has_steps(found.spool_dir, found.node_name) or not _has_steps(before.spool_dir, before.node_name):
+            return None
+        self._complain(
+            f"{found.conf_file} names the spool directory {found.spool_dir}, which has no job steps; "
+            f"{before.spool_dir} has, and stays in force until that changes"
+        )
+        return before.spool_dir
+
+    def _complain(self, text: str) -> None:
+        if text != self._complaint:
+            self._complaint = text
+            self._noted(JobFault.CONFIGURATION)
+            log.warning("job_fault", fault=JobFault.CONFIGURATION.value, detail=text)
+
+    def _sign(self) -> Tuple[_Signature, ...]:
+        return tuple(_signature_of(each.file) for each in self._signature)
+
+    def _load(self) -> Tuple[SlurmSettings, Tuple[_Signature, ...]]:
         said_all = self._overrides.node_name and self._overrides.conf_file
-        slurmd = RunningSlurmd() if said_all else find_slurmd(self._host.proc_root)
+        slurmd = RunningSlurmd() if said_all else self._find_slurmd()
         file = self._find_file(slurmd.conf_file)
         if file is None:
             if not (self._overrides.spool_dir and self._overrides.node_name):
-                raise JobManagerError(f"no slurm.conf: not one of {', '.join(self._host.conf_files)}")
+                text_of = f"no slurm.conf: not one of {', '.join(self._host.conf_files)}"
+                raise JobManagerError(text_of, JobFault.CONFIGURATION)
             text = _Text({}, (), (), 0)
         else:
             text = _read(file)
+            self._check_whole(file, text)
         users = [_uid_of(text.values.get(key, "root"), key) for key in ("slurmuser", "slurmduser")]
         trusted = frozenset((0, *users))
         if text.owner not in trusted:
-            raise JobManagerError(f"{file}: owned by uid {text.owner}, which is neither root nor SlurmUser")
+            raise JobManagerError(
+                f"{file}: owned by uid {text.owner}, which is neither root nor SlurmUser", JobFault.CONFIGURATION
+            )
         node_name, certain = self._node_name(slurmd.node_name, text)
         spool = self._overrides.spool_dir or text.values.get("slurmdspooldir", self._host.default_spool_dir)
         spool = spool.replace("%h", self._host.short_name()).replace("%n", node_name)
         if not spool.startswith("/"):
-            raise JobManagerError(f"{file}: SlurmdSpoolDir {spool!r} is not an absolute path")
+            raise JobManagerError(f"{file}: SlurmdSpoolDir {spool!r} is not an absolute path", JobFault.CONFIGURATION)
         beside = None if file is None else str(Path(file).with_name("cgroup.conf"))
-        cgroup = _read(beside).values if beside is not None and Path(beside).exists() else {}
+        cgroup = _read(beside) if beside is not None and Path(beside).exists() else _Text({}, (), (), 0)
+        if beside is not None and not cgroup.files:
+            cgroup = replace(cgroup, files=(_Signature(beside),))
         paths = SlurmPaths(
             node_name,
-            cgroup.get("cgroupslice", DEFAULT_SLICE),
-            "/" + cgroup.get("cgroupprepend", DEFAULT_PREPEND).strip("/"),
+            cgroup.values.get("cgroupslice", DEFAULT_SLICE),
+            "/" + cgroup.values.get("cgroupprepend", DEFAULT_PREPEND).strip("/"),
         )
         auth_type, auth_info = text.values.get("authtype", "auth/munge"), text.values.get("authinfo", "")
         cluster = text.values.get("clustername", "")
         settings = SlurmSettings(file, node_name, certain, spool, trusted, auth_type, auth_info, cluster, paths)
-        return settings, text.files + (() if beside is None else (beside,))
+        return settings, text.files + cgroup.files
+
+    def _find_slurmd(self) -> RunningSlurmd:
+        """The slurmd that runs, or the last one that did: its steps live on, in its directory and by its name."""
+        found = find_slurmd(self._host.proc_root)
+        stopped = found.pid == 0 and self._slurmd.pid != 0
+        if stopped and not self._stopped:
+            text = (
+                f"slurmd, process {self._slurmd.pid}, is not running any more: jobs that run are served, none can start"
+            )
+            log.warning("job_fault", fault=JobFault.MANAGER_STOPPED.value, detail=text)
+            self._noted(JobFault.MANAGER_STOPPED)
+        elif self._stopped and not stopped:
+            log.info("slurmd_running", pid=found.pid)
+        self._stopped = stopped
+        if not stopped:
+            self._slurmd = found
+        return self._slurmd
+
+    def _check_whole(self, file: str, text: _Text) -> None:
+        """Raise JobManagerError for half a file, read while it is being written: every cluster has a controller."""
+        has_controller = bool(text.values.keys() & {"slurmctldhost", "controlmachine"})
+        if self._has_controller and not has_controller:
+            raise JobManagerError(f"{file}: no SlurmctldHost in it any more", JobFault.CONFIGURATION)
+        self._has_controller = has_controller
 
     def _find_file(self, of_slurmd: Optional[str]) -> Optional[str]:
         for named in (self._overrides.conf_file, of_slurmd, self._environment.get("SLURM_CONF")):
@@ -199,6 +303,11 @@ class SlurmConf:
         return short, False
 
 
+def values_of(file: str) -> Mapping[str, str]:
+    """Every single value of a configuration file of Slurm's, by lower-case key. Raises JobManagerError."""
+    return _read(file).values
+
+
 def _name_at(names: str, hosts: str, host: str) -> Optional[str]:
     """The NodeName whose NodeHostname is ``host``, of one line's two lists."""
     # Expanding every line of a big cluster's file would take longer than everything else.
@@ -214,22 +323,27 @@ def _read(file: str) -> _Text:
     """One configuration file and all it includes. Raises JobManagerError."""
     values: Dict[str, str] = {}
     nodes: List[Tuple[str, str]] = []
-    files: List[str] = []
+    files: List[_Signature] = []
     owner = _read_into(file, Path(file).parent, values, nodes, files)
     return _Text(values, tuple(nodes), tuple(files), owner)
 
 
-def _read_into(file: str, base: Path, values: Dict[str, str], nodes: List[Tuple[str, str]], files: List[str]) -> int:
+def _read_into(
+    file: str, base: Path, values: Dict[str, str], nodes: List[Tuple[str, str]], files: List[_Signature]
+) -> int:
     if len(files) >= _INCLUDES_MAX:
-        raise JobManagerError(f"{file}: more than {_INCLUDES_MAX} files include each other")
-    files.append(file)
-    text, owner = _text_of(file)
+        raise JobManagerError(f"{file}: more than {_INCLUDES_MAX} files include each other", JobFault.CONFIGURATION)
+    text, signature, owner = _text_of(file)
+    files.append(signature)
     for line in _lines(text):
         included = _INCLUDE.fullmatch(line)
         if included is not None:
             name = included[1].replace("%c", values.get("clustername", ""))
             if _read_into(str(base / name), base, values, nodes, files) not in (0, owner):
-                raise JobManagerError(f"{base / name}: its owner is neither root nor that of the file including it")
+                raise JobManagerError(
+                    f"{base / name}: its owner is neither root nor that of the file including it",
+                    JobFault.CONFIGURATION,
+                )
             continue
         pairs = {key.lower(): value.strip('"') for key, value in _PAIR.findall(line)}
         if "nodename" in pairs:
@@ -239,19 +353,22 @@ def _read_into(file: str, base: Path, values: Dict[str, str], nodes: List[Tuple[
     return owner
 
 
-def _text_of(file: str) -> Tuple[str, int]:
-    """A file's text and owner. Raises JobManagerError if it cannot be read or anybody could have written it."""
+def _text_of(file: str) -> Tuple[str, _Signature, int]:
+    """A file's text, its signature from right before it was read, and its owner.
+
+    Raises JobManagerError if it cannot be read or anybody could have written it.
+    """
     try:
         with Path(file).open("rb") as opened:
             status = os.fstat(opened.fileno())
             data = opened.read(_FILE_MAX_BYTES + 1)
     except OSError as error:
-        raise JobManagerError(f"{file}: {error.strerror}") from None
+        raise JobManagerError(f"{file}: {error.strerror}", JobFault.CONFIGURATION) from None
     if not stat.S_ISREG(status.st_mode) or len(data) > _FILE_MAX_BYTES:
-        raise JobManagerError(f"{file}: not a configuration file")
+        raise JobManagerError(f"{file}: not a configuration file", JobFault.CONFIGURATION)
     if status.st_mode & stat.S_IWOTH:
-        raise JobManagerError(f"{file}: everybody can write it")
-    return data.decode("utf-8", "surrogateescape"), status.st_uid
+        raise JobManagerError(f"{file}: everybody can write it", JobFault.CONFIGURATION)
+    return data.decode("utf-8", "surrogateescape"), _Signature.of(file, status), status.st_uid
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -275,13 +392,23 @@ def _uid_of(user: str, key: str) -> int:
     try:
         return pwd.getpwnam(user).pw_uid
     except KeyError:
-        raise JobManagerError(f"{key} {user!r} is no user of this host") from None
+        raise JobManagerError(f"{key} {user!r} is no user of this host", JobFault.CONFIGURATION) from None
 
 
-def _signature_of(file: str) -> Tuple[str, int, int, int]:
-    """What tells one content of a file from another, without reading it; zeros where there is none."""
+def _has_steps(directory: str, node_name: str) -> bool:
+    """Whether there is a socket of one of the node's steps in the directory. A hint only; nothing is believed yet."""
+    prefix = f"{node_name}_"
     try:
-        status = os.stat(file)
+        with os.scandir(directory) as entries:
+            return any(
+                e.name.startswith(prefix) and stat.S_ISSOCK(e.stat(follow_symlinks=False).st_mode) for e in entries
+            )
     except OSError:
-        return file, 0, 0, 0
-    return file, status.st_ino, status.st_size, status.st_mtime_ns
+        return False
+
+
+def _signature_of(file: str) -> _Signature:
+    try:
+        return _Signature.of(file, os.stat(file))
+    except OSError:
+        return _Signature(file)

@@ -9,25 +9,33 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Set
+from typing import Dict, Iterator, List, Optional, Sequence
 
-from adoptd.model import JobManagerError
+from adoptd.model import JobFault, JobManagerError
+from adoptd.process import started_ns
 
 # MAX_RANGE of src/common/hostlist.h.
 _RANGE_MAX = 64 * 1024
 _RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+# Debian's is the second, behind a link of the first name.
+_EXECUTABLES = frozenset({"slurmd", "slurmd-wlm"})
 # Options of slurmd that take a word, and -F that may have one attached: src/slurmd/slurmd/slurmd.c, 20.11 to 26.05.
 _SHORT_WITH_VALUE = "dfLnN"
 
 
 @dataclass(frozen=True)
 class RunningSlurmd:
-    """What the slurmd that runs on this host was started with: -N and -f; None where not given or none runs."""
+    """What the slurmd that runs on this host was started with: -N and -f; None where not given or none runs.
+
+    ``pid`` and ``started_ns`` (since boot) are of its oldest process; 0 where none runs.
+    """
 
     node_name: Optional[str] = None
     conf_file: Optional[str] = None
+    pid: int = field(default=0, compare=False)
+    started_ns: int = field(default=0, compare=False)
 
 
 def expand(expression: str) -> Iterator[str]:
@@ -60,7 +68,7 @@ def find_slurmd(proc_root: str = "/proc") -> RunningSlurmd:
     Only one that root started, from a file of that name, in our mount namespace: a user can start a
     set-uid program under the name slurmd with any arguments, and a container's slurmd sees other files.
     """
-    found: Set[RunningSlurmd] = set()
+    found: Dict[RunningSlurmd, RunningSlurmd] = {}
     for entry in os.listdir(proc_root):
         if not (entry.isascii() and entry.isdigit()):
             continue
@@ -71,12 +79,19 @@ def find_slurmd(proc_root: str = "/proc") -> RunningSlurmd:
             arguments = (directory / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
+        started = started_ns(int(entry), proc_root)
+        if started is None:
+            continue
         options = _options([os.fsdecode(argument) for argument in arguments[1:]])
-        found.add(options)
+        running = replace(options, pid=int(entry), started_ns=started)
+        # It forks, and its children are called slurmd too for a moment.
+        if options not in found or started < found[options].started_ns:
+            found[options] = running
     if len(found) > 1:
         names = ", ".join(sorted(str(each.node_name) for each in found))
-        raise JobManagerError(f"several slurmds run here ({names}): set which of them this agent is for")
-    return found.pop() if found else RunningSlurmd()
+        text = f"several slurmds run here ({names}): set which of them this agent is for"
+        raise JobManagerError(text, JobFault.OTHER_NODE)
+    return next(iter(found.values()), RunningSlurmd())
 
 
 def _is_ours(directory: Path, proc: Path) -> bool:
@@ -85,7 +100,7 @@ def _is_ours(directory: Path, proc: Path) -> bool:
     if uids is None or set(uids[1].split()) != {"0"}:
         return False
     # After an upgrade of the package the running one's file is "slurmd (deleted)".
-    if os.path.basename(os.readlink(directory / "exe")).partition(" ")[0] != "slurmd":
+    if os.path.basename(os.readlink(directory / "exe")).partition(" ")[0] not in _EXECUTABLES:
         return False
     return os.readlink(directory / "ns" / "mnt") == os.readlink(proc / "self" / "ns" / "mnt")
 

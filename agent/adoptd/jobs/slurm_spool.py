@@ -6,33 +6,46 @@ a step that is known to be another user's, nor take silence for "no job". Called
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import stat
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Dict, FrozenSet, Iterator, List, Optional, Set, Tuple, Union
+from typing import Callable, Dict, FrozenSet, Iterator, List, Optional, Set, Tuple, Union
 
+from adoptd import log
 from adoptd.deadline import Deadline
 from adoptd.jobs import slurm_wire as wire
 from adoptd.jobs.slurm_conf import SlurmConf, SlurmSettings
 from adoptd.jobs.slurm_paths import parse_job_id
-from adoptd.jobs.slurm_step import StepClosed, StepConnection, StepError, StepGone, connect
+from adoptd.jobs.slurm_step import (
+    StepClosed,
+    StepConnection,
+    StepError,
+    StepForeign,
+    StepGone,
+    StepLeftBehind,
+    StepSilent,
+    connect,
+)
 from adoptd.jobs.slurm_wire import EXTERN_STEPS, Op, StepState
-from adoptd.model import Job, JobManagerError
+from adoptd.model import Job, JobFault, JobManagerError
 from adoptd.process import started_ns
 
 # An idle step answers within 0.1 ms, one on a node with more to do than CPUs within tens. Steps are waited for
 # together, so this is also the most that any number of hanging ones can take of a login's budget of 1 s.
 STEP_MS = 400.0
+# One that was silent a moment ago, and whose owner is known, has only its state to add: it is not waited for that long
+# at every login while it hangs. As soon as it answers again it is heard again.
+HASTY_MS = 20.0
+_HASTY_FOR_S = 10.0
 _COMPLAINTS_MAX = 1024
+_STALE_NAMED = 5
 _HELLO = wire.hello() + wire.request(Op.STATE) + wire.request(Op.UID)
 # Any node's extern step; the last "." may be followed by a heterogeneous component.
 _SOCKET = re.compile(r"(.+)_([0-9]{1,10})\.([0-9]{1,10})(?:\.[0-9]{1,10})?", re.DOTALL)
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Step:
     uid: int
     sluid: Optional[int]
     state: Optional[StepState]
+    cluster: str = ""
 
     @property
     def job(self) -> Job:
@@ -65,7 +79,19 @@ class Step:
         identity: whoever changes the file's mode or owner changes it, and the job is the same.
         """
         identity = (self.file.job_id, self.daemon_pid, self.daemon_started_ns, self.file.inode)
-        return Job(str(self.file.job_id), self.uid, self.file.ctime_ns, identity)
+        return Job(str(self.file.job_id), self.uid, self.file.ctime_ns, identity, self.cluster)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A step, and the connection on which it answered at ``at_s`` (monotonic clock), with nothing outstanding.
+
+    ``connection`` is None if it is silent now, and ``step`` what it said before.
+    """
+
+    step: Step
+    connection: Optional[StepConnection]
+    at_s: float
 
 
 @dataclass(frozen=True)
@@ -74,6 +100,7 @@ class Silent:
 
     job_id: int
     words: str
+    fault: JobFault
 
 
 @dataclass(frozen=True)
@@ -87,14 +114,26 @@ class Steps:
 class Spool:
     """The steps of one node. Safe to share between threads."""
 
-    def __init__(self, conf: SlurmConf, proc_root: str = "/proc", step_ms: float = STEP_MS) -> None:
-        """Nothing is read before it is asked for. ``step_ms`` is how long steps are waited for, all together."""
+    def __init__(
+        self,
+        conf: SlurmConf,
+        proc_root: str = "/proc",
+        step_ms: float = STEP_MS,
+        noted: Callable[[JobFault], None] = lambda _: None,
+    ) -> None:
+        """Nothing is read before it is asked for. ``step_ms`` is how long steps are waited for, all together.
+
+        ``noted`` is told of each fault that no login fails of.
+        """
         self._conf = conf
         self._proc_root = proc_root
         self._step_ms = step_ms
         self._lock = threading.Lock()
         self._known: Dict[StepFile, Step] = {}
-        self._complaints: Set[str] = set()
+        self._noted = noted
+        self._hasty_until_s: Dict[StepFile, float] = {}
+        self._stale: Set[StepFile] = set()
+        self._complaints: Dict[str, str] = {}
 
     def steps(self, deadline: Deadline, uid: Optional[int] = None, job_id: Optional[int] = None) -> Steps:
         """The extern steps here, of one user or one job if given, ending ones included; one per job.
@@ -102,24 +141,38 @@ class Spool:
         All are asked at once and waited for together. Raises JobManagerError if the directory cannot be read
         or believed.
         """
-        found: Dict[int, Step] = {}
+        with self.asked(deadline, uid, job_id) as (heard, silent):
+            return Steps(tuple(each.step for each in heard), silent)
+
+    @contextmanager
+    def asked(
+        self, deadline: Deadline, uid: Optional[int] = None, job_id: Optional[int] = None
+    ) -> Iterator[Tuple[Tuple[Heard, ...], Tuple[Silent, ...]]]:
+        """As :meth:`steps`, with the connections, which are open as long as this is."""
+        found: Dict[int, Heard] = {}
         silent: List[Silent] = []
-        with self._opened() as (directory, settings), ExitStack() as connections:
-            files = [file for file in self._files(directory, settings) if job_id in (None, file.job_id)]
-            with self._lock:
-                memory = {file: self._known[file] for file in files if file in self._known}
-            wanted = [file for file in files if uid is None or file not in memory or memory[file].uid == uid]
-            # Connecting and writing never wait, so every step works on its answer while the first is read.
-            asked = [(file, self._begin(directory, file, connections)) for file in wanted]
-            together = deadline.earlier(self._step_ms)
-            for file, connection in asked:
-                answer = self._finish(directory, file, connection, memory.get(file), settings, together, connections)
-                if isinstance(answer, Step):
-                    if file.job_id not in found or found[file.job_id].file.ctime_ns < file.ctime_ns:
-                        found[file.job_id] = answer
-                elif not isinstance(answer, StepGone):
-                    silent.append(Silent(file.job_id, str(answer)))
-        return Steps(tuple(found.values()), tuple(silent))
+        stale: List[StepFile] = []
+        with ExitStack() as connections:
+            with self._opened() as (directory, settings):
+                files = [file for file in self._files(directory, settings) if job_id in (None, file.job_id)]
+                with self._lock:
+                    memory = {file: self._known[file] for file in files if file in self._known}
+                wanted = [file for file in files if uid is None or file not in memory or memory[file].uid == uid]
+                # Connecting and writing never wait, so every step works on its answer while the first is read.
+                asked = [(file, self._begin(directory, file, settings, connections)) for file in wanted]
+                together, hasty = deadline.earlier(self._step_ms), deadline.earlier(HASTY_MS)
+                for file, connection in asked:
+                    wait = hasty if file in memory and self._was_silent(file) else together
+                    answer = self._finish(directory, file, connection, memory.get(file), settings, wait, connections)
+                    if isinstance(answer, Heard):
+                        if file.job_id not in found or found[file.job_id].step.file.ctime_ns < file.ctime_ns:
+                            found[file.job_id] = answer
+                    elif isinstance(answer, StepLeftBehind):
+                        stale.append(file)
+                    elif not isinstance(answer, StepGone):
+                        silent.append(Silent(file.job_id, str(answer), answer.fault))
+                self._report_stale(directory, stale, settings)
+            yield tuple(found.values()), tuple(silent)
 
     def remembered(self, job_id: int) -> Optional[Step]:
         """The job's extern step as it once said itself, without asking it again; None if it has to be asked.
@@ -128,15 +181,17 @@ class Spool:
         competes with its own job's processes for a core may need longer to answer than a login may take. Only for
         the question which job something is in; ``state`` is None. Raises JobManagerError as steps() does.
         """
-        with self._opened() as (directory, settings):
-            files = [file for file in self._files(directory, settings) if file.job_id == job_id]
         with self._lock:
-            known = [self._known.get(file) for file in files]
+            known = [step for file, step in self._known.items() if file.job_id == job_id]
         # Two sockets of one job: one is left over, and only asking tells which.
         step = known[0] if len(known) == 1 else None
-        if step is None or started_ns(step.daemon_pid, self._proc_root) != step.daemon_started_ns:
+        if step is None:
             return None
-        return replace(step, state=None)
+        with self._opened() as (directory, settings):
+            of_this_node = step.file.name.startswith(f"{settings.node_name}_{job_id}.")
+            if not of_this_node or not _is_there(directory, step.file) or not self._is_alive(step):
+                return None
+        return replace(step, state=None, cluster=settings.cluster_name)
 
     @contextmanager
     def connected(self, job: Job, deadline: Deadline) -> Iterator[Tuple[StepConnection, Step]]:
@@ -148,7 +203,7 @@ class Spool:
             for file in self._files(directory, settings):
                 if str(file.job_id) != job.id or file.inode != job.identity[-1]:
                     continue
-                connection = self._begin(directory, file, connections)
+                connection = self._begin(directory, file, settings, connections)
                 if isinstance(connection, StepError):
                     raise connection
                 step = self._read(file, connection, None, settings, deadline)
@@ -161,12 +216,14 @@ class Spool:
     @contextmanager
     def _opened(self) -> Iterator[Tuple[int, SlurmSettings]]:
         settings = self._conf.settings()
-        path = os.path.realpath(settings.spool_dir)
         try:
-            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            directory = os.open(settings.spool_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise JobManagerError(f"slurmd's spool directory {path}: {error.strerror}") from None
+            text = f"slurmd's spool directory {settings.spool_dir}: {error.strerror}"
+            raise JobManagerError(text, JobFault.SPOOL_UNREADABLE) from None
         try:
+            # Where it really is, behind any link, by the word of the kernel.
+            path = os.readlink(f"/proc/self/fd/{directory}")
             _check_trusted(path, directory, settings.trusted_uids)
             yield directory, settings
         finally:
@@ -174,12 +231,15 @@ class Spool:
 
     def _files(self, directory: int, settings: SlurmSettings) -> List[StepFile]:
         """The sockets of this node's extern steps. Raises JobManagerError."""
+        # Read every time. Its modification time is no proof that nothing has changed: two changes within one tick of
+        # the kernel's clock have the same one, a file server has a clock of its own, and any clock can be set back.
         files: List[StepFile] = []
         others: Set[str] = set()
         try:
             names = os.listdir(directory)
         except OSError as error:
-            raise JobManagerError(f"slurmd's spool directory {settings.spool_dir}: {error.strerror}") from None
+            text = f"slurmd's spool directory {settings.spool_dir}: {error.strerror}"
+            raise JobManagerError(text, JobFault.SPOOL_UNREADABLE) from None
         for name in names:
             match = _SOCKET.fullmatch(name)
             job_id = parse_job_id(match[2]) if match is not None else None
@@ -193,23 +253,31 @@ class Spool:
             except FileNotFoundError:
                 continue
             if not stat.S_ISSOCK(status.st_mode) or status.st_uid not in settings.trusted_uids:
-                self._complain(f"{settings.spool_dir}/{name}: not a socket of root's or SlurmUser's, ignored")
+                text = f"{settings.spool_dir}/{name}: not a socket of root's or SlurmUser's, ignored"
+                self._complain(name, JobFault.FOREIGN_SOCKET, text)
+                self._noted(JobFault.FOREIGN_SOCKET)
                 continue
             files.append(StepFile(name, job_id, status.st_dev, status.st_ino, status.st_ctime_ns))
         if others and not files and not settings.node_name_certain:
             # Then the guess is wrong, and "no jobs" would turn away everybody who has some.
             raise JobManagerError(
                 f"{settings.spool_dir} has job steps of node {', '.join(sorted(others))} and none of "
-                f"{settings.node_name}, which is only this host's name: set the NodeName"
+                f"{settings.node_name}, which is only this host's name: set the NodeName",
+                JobFault.OTHER_NODE,
             )
         with self._lock:
             here = set(files)
             self._known = {file: step for file, step in self._known.items() if file in here}
+            self._hasty_until_s = {file: until for file, until in self._hasty_until_s.items() if file in here}
+            self._stale &= here
         return files
 
-    def _begin(self, directory: int, file: StepFile, connections: ExitStack) -> Union[StepConnection, StepError]:
+    def _begin(
+        self, directory: int, file: StepFile, settings: SlurmSettings, connections: ExitStack
+    ) -> Union[StepConnection, StepError]:
         try:
-            connection = connections.enter_context(connect(directory, file.name, f"step {file.name}"))
+            step = connect(directory, file.name, f"step {file.name}", settings.trusted_uids)
+            connection = connections.enter_context(step)
             connection.send(_HELLO)
             return connection
         except StepError as error:
@@ -224,7 +292,7 @@ class Spool:
         settings: SlurmSettings,
         deadline: Deadline,
         connections: ExitStack,
-    ) -> Union[Step, StepError]:
+    ) -> Union[Heard, StepError]:
         """What the step says; the error if it cannot be told and nothing is known of it."""
         for attempt in range(2):
             try:
@@ -233,21 +301,35 @@ class Spool:
                 step = self._read(file, begun, known, settings, deadline)
                 with self._lock:
                     self._known[file] = step
-                return step
+                    self._hasty_until_s.pop(file, None)
+                    self._complaints.pop(file.name, None)
+                return Heard(step, begun, time.monotonic())
+            except StepForeign as error:
+                self._complain(file.name, error.fault, f"{error}, ignored")
+                self._noted(error.fault)
+                return error
             except StepGone as error:
                 return error
             except StepClosed as error:
                 failure: StepError = error
                 # One that ends closes what is open, and is gone when looked for again.
                 if attempt == 0:
-                    begun = self._begin(directory, file, connections)
+                    begun = self._begin(directory, file, settings, connections)
             except StepError as error:
                 failure = error
                 break
-        self._complain(f"{failure}; its job {'is still counted' if known else 'cannot be told'}")
+        if known is not None and not self._is_alive(known):
+            known = None
+        told = "is still counted" if known else "cannot be told"
+        self._complain(file.name, failure.fault, f"{failure}; its job {told}")
+        if known is not None:
+            self._noted(failure.fault)
+        if isinstance(failure, StepSilent):
+            with self._lock:
+                self._hasty_until_s.setdefault(file, time.monotonic() + _HASTY_FOR_S)
         # Its owner is known for good, and that it runs: somebody holds the socket. Only its state is open, and
         # an adoption will find that out; leaving it out could put the user's session into another job.
-        return failure if known is None else replace(known, state=None)
+        return failure if known is None else Heard(replace(known, state=None), None, time.monotonic())
 
     def _read(
         self,
@@ -258,8 +340,6 @@ class Spool:
         deadline: Deadline,
     ) -> Step:
         """The answer to what _begin() asked. Raises StepError."""
-        if connection.daemon_uid not in settings.trusted_uids:
-            raise StepGone(f"step {file.name}: listened on by uid {connection.daemon_uid}")
         if connection.daemon_pid == 0:
             raise StepError(f"step {file.name}: its daemon is outside our pid namespace, so pids differ")
         started = started_ns(connection.daemon_pid, self._proc_root)
@@ -268,21 +348,59 @@ class Spool:
         version = connection.greeted(deadline)
         state = connection.receive(wire.read_state(), deadline)
         uid = connection.receive(wire.read_uid(), deadline)
-        sluid = None if known is None else known.sluid
+        same = known is not None and (known.daemon_pid, known.daemon_started_ns) == (connection.daemon_pid, started)
+        sluid = known.sluid if same and known is not None else None
         if sluid is None and version >= wire.VERSION_25_11:
             connection.send(wire.request(Op.SLUID))
             sluid = connection.receive(wire.read_sluid(), deadline) or None
-        return Step(file, connection.daemon_pid, started, uid, sluid, state)
+        return Step(file, connection.daemon_pid, started, uid, sluid, state, settings.cluster_name)
 
-    def _complain(self, text: str) -> None:
-        """Once: it is asked at every login."""
+    def _is_alive(self, step: Step) -> bool:
+        return started_ns(step.daemon_pid, self._proc_root) == step.daemon_started_ns
+
+    def _was_silent(self, file: StepFile) -> bool:
+        now = time.monotonic()
         with self._lock:
-            if text in self._complaints:
+            until = self._hasty_until_s.get(file)
+            if until is not None and until <= now:
+                # Waited for in full once more, and from then on not again for a while.
+                del self._hasty_until_s[file]
+            return until is not None and until > now
+
+    def _report_stale(self, directory: int, files: List[StepFile], settings: SlurmSettings) -> None:
+        """One line for all that are new: a node may have hundreds after a bad day, and none is ours to remove."""
+        with self._lock:
+            fresh = [file for file in files if file not in self._stale]
+        # Looked at again: a step that ends hangs up first and removes its socket then.
+        fresh = [file for file in fresh if _is_there(directory, file)]
+        if not fresh:
+            return
+        with self._lock:
+            self._stale.update(fresh)
+        names = ", ".join(sorted(file.name for file in fresh)[:_STALE_NAMED])
+        more = f" and {len(fresh) - _STALE_NAMED} more" if len(fresh) > _STALE_NAMED else ""
+        text = f"{settings.spool_dir}: nobody listens on {len(fresh)} step sockets ({names}{more}): no jobs"
+        log.warning("job_fault", fault=JobFault.STALE_SOCKET.value, detail=text)
+        for _ in fresh:
+            self._noted(JobFault.STALE_SOCKET)
+
+    def _complain(self, subject: str, fault: JobFault, text: str) -> None:
+        """Once, until the subject is found well again: it is asked at every login."""
+        with self._lock:
+            if self._complaints.get(subject) == text:
                 return
             if len(self._complaints) >= _COMPLAINTS_MAX:
                 self._complaints.clear()
-            self._complaints.add(text)
-        _log.warning("%s", text)
+            self._complaints[subject] = text
+        log.warning("job_fault", fault=fault.value, detail=text)
+
+
+def _is_there(directory: int, file: StepFile) -> bool:
+    try:
+        status = os.stat(file.name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino, status.st_ctime_ns) == (file.device, file.inode, file.ctime_ns)
 
 
 def _check_trusted(path: str, directory: int, trusted: FrozenSet[int]) -> None:
@@ -293,16 +411,18 @@ def _check_trusted(path: str, directory: int, trusted: FrozenSet[int]) -> None:
         try:
             statuses.append((parent, os.stat(parent)))
         except OSError as error:
-            raise JobManagerError(f"{parent}: {error.strerror}") from None
+            raise JobManagerError(f"{parent}: {error.strerror}", JobFault.SPOOL_UNREADABLE) from None
         if parent == "/":
             break
         parent = os.path.dirname(parent)
     for name, status in statuses:
         if status.st_uid not in trusted:
-            raise JobManagerError(f"slurmd's spool directory {path}: {name} belongs to uid {status.st_uid}")
+            text = f"slurmd's spool directory {path}: {name} belongs to uid {status.st_uid}"
+            raise JobManagerError(text, JobFault.SPOOL_UNTRUSTED)
         open_to_group = status.st_mode & stat.S_IWGRP and status.st_gid != 0
         if not (open_to_group or status.st_mode & stat.S_IWOTH):
             continue
         # In a sticky directory others can add entries, but not replace one that is not theirs.
         if name == path or not status.st_mode & stat.S_ISVTX:
-            raise JobManagerError(f"slurmd's spool directory {path}: others can write to {name}")
+            text = f"slurmd's spool directory {path}: others can write to {name}"
+            raise JobManagerError(text, JobFault.SPOOL_UNTRUSTED)

@@ -16,16 +16,15 @@ import select
 import socket
 import struct
 from types import TracebackType
-from typing import List, Optional, Tuple, Type, TypeVar
+from typing import Container, List, Mapping, Optional, Sequence, Set, Tuple, Type, TypeVar
 
 from adoptd.deadline import Deadline
 from adoptd.jobs import slurm_wire as wire
 from adoptd.jobs.slurm_wire import Got, Namespace, Op, Reply, Want, X11Display
-from adoptd.model import AdoptdError, ProtocolError
+from adoptd.model import AdoptdError, JobFault, ProtocolError
 
 # struct ucred of SO_PEERCRED: pid, uid, gid.
 _UCRED = struct.Struct("=iII")
-_GONE = frozenset({errno.ECONNREFUSED, errno.ENOENT})
 _CLOSED = "closed the connection without a reply"
 # Closing with requests unread is a reset to the other end (unix_release_sock).
 _CLOSING = frozenset({errno.ECONNRESET, errno.EPIPE})
@@ -38,17 +37,35 @@ T = TypeVar("T")
 class StepError(AdoptdError):
     """The step did not answer as a step does. What it is cannot be told."""
 
+    fault = JobFault.STEP_PROTOCOL
+
 
 class StepGone(StepError):
     """Nobody listens there any more: the step has ended, its socket may have been left behind."""
+
+    fault = JobFault.JOB_ENDED
+
+
+class StepLeftBehind(StepGone):
+    """The step's socket is there, and nobody listens on it."""
+
+
+class StepForeign(StepGone):
+    """Somebody listens there who is neither root nor Slurm's user."""
+
+    fault = JobFault.FOREIGN_SOCKET
 
 
 class StepClosed(StepError):
     """The step closed the connection instead of answering, as one that ends may do."""
 
+    fault = JobFault.STEP_CLOSED
+
 
 class StepSilent(StepError):
     """No answer within the time there was."""
+
+    fault = JobFault.STEP_SILENT
 
 
 class StepConnection:
@@ -63,6 +80,9 @@ class StepConnection:
         self._socket = connected
         self._label = label
         self._version: Optional[int] = None
+        self._owes_added = False
+        # Asked already, with the adoption: the answers come in this order.
+        self._ahead: Set[Op] = set()
         credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         self.daemon_pid, self.daemon_uid, _ = _UCRED.unpack(credentials)
 
@@ -102,29 +122,43 @@ class StepConnection:
         except ProtocolError as error:
             raise StepError(f"{self._label}: {error}") from None
 
-    def add(self, pid: int, deadline: Deadline) -> Tuple[int, bool]:
+    def add(self, pid: int, deadline: Deadline, ahead: Sequence[Op] = ()) -> Tuple[int, bool]:
         """Ask an extern step to take the process in. Raises StepError.
 
         Returns 0 or Slurm's error, which is no proof, and whether the step's proctrack plugin has the process
-        afterwards: both are sent at once, and one connection's requests are served in order.
+        afterwards: both are sent at once, and one connection's requests are served in order. ``ahead``: what x11() and
+        namespaces() are going to be called for, in that order, so that the step need not be waited for again.
         """
-        self.send(wire.request_about(Op.ADD_EXTERN_PID, pid) + wire.request_about(Op.PID_IN_CONTAINER, pid))
-        return self.receive(wire.read_added(), deadline), self.receive(wire.read_contains(), deadline)
+        requests = wire.request_about(Op.ADD_EXTERN_PID, pid) + wire.request_about(Op.PID_IN_CONTAINER, pid)
+        self.send(requests + b"".join(map(wire.request, ahead)))
+        self._owes_added = True
+        self._ahead.update(ahead)
+        code = self.receive(wire.read_added(), deadline)
+        self._owes_added = False
+        return code, self.receive(wire.read_contains(), deadline)
+
+    def owed(self) -> Optional[socket.socket]:
+        """The socket, in another descriptor, if the step was asked to take a process in and has not answered."""
+        return self._socket.dup() if self._owes_added else None
 
     def x11(self, deadline: Deadline) -> Optional[X11Display]:
         """The job's X11 tunnel, if it has one. Raises StepError."""
-        self.send(wire.request(Op.X11_DISPLAY))
+        self._ask(Op.X11_DISPLAY)
         return self.receive(wire.read_x11(), deadline)
+
+    @property
+    def op_of_namespaces(self) -> Op:
+        """Which request this release answers."""
+        return Op.GET_NS_FDS if self.version >= wire.VERSION_25_11 else Op.GET_NS_FD
 
     def namespaces(self, deadline: Deadline) -> Tuple[Namespace, ...]:
         """The job's namespaces; the caller closes the descriptors. Raises StepError, with none left open.
 
         Steps from 25.11 on are asked with GET_NS_FDS only: they may leave the older request unanswered.
         """
-        if self.version < wire.VERSION_25_11:
-            self.send(wire.request(Op.GET_NS_FD))
+        self._ask(self.op_of_namespaces)
+        if self.op_of_namespaces is Op.GET_NS_FD:
             return self.receive(wire.read_namespace(), deadline)
-        self.send(wire.request(Op.GET_NS_FDS))
         found: List[Namespace] = []
         try:
             for _ in range(self.receive(wire.read_namespace_kind_count(), deadline)):
@@ -146,6 +180,12 @@ class StepConnection:
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
         self.close()
+
+    def _ask(self, op: Op) -> None:
+        if op in self._ahead:
+            self._ahead.remove(op)
+        else:
+            self.send(wire.request(op))
 
     def _exactly(self, want: Want, deadline: Deadline) -> Got:
         """Never more than wanted: a descriptor comes with one byte of its own, and must be met by recvmsg()."""
@@ -188,11 +228,15 @@ class StepConnection:
             raise StepSilent(f"{self._label}: no answer in time")
 
 
-def connect(directory: int, name: str, label: str) -> StepConnection:
+_REFUSALS: Mapping[int, Type[StepError]] = {errno.ECONNREFUSED: StepLeftBehind, errno.ENOENT: StepGone}
+
+
+def connect(directory: int, name: str, label: str, trusted: Container[int]) -> StepConnection:
     """Connect to the step whose socket is ``name`` in the open ``directory``, without waiting.
 
     Through /proc/self/fd, so it is the directory that was vouched for, and a long spool path costs nothing of
-    the 107 bytes that sun_path has. Raises StepGone, StepSilent (its queue is full) and StepError.
+    the 107 bytes that sun_path has. Nothing is said to, nor read from, a listener whose uid is not ``trusted``.
+    Raises StepForeign for it, StepGone, StepSilent (its queue is full) and StepError.
     """
     path = f"/proc/self/fd/{directory}/{name}"
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
@@ -205,8 +249,10 @@ def connect(directory: int, name: str, label: str) -> StepConnection:
         except OSError as error:
             # An over-long path is refused by Python itself, without an errno.
             text = f"{label}: {error.strerror or error}"
-            raise (StepGone(text) if error.errno in _GONE else StepError(text)) from None
+            raise _REFUSALS.get(error.errno or 0, StepError)(text) from None
         connection = StepConnection(connected, label)
+        if connection.daemon_uid not in trusted:
+            raise StepForeign(f"{label}: listened on by uid {connection.daemon_uid}")
         undo.pop_all()
         return connection
 
