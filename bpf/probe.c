@@ -6,9 +6,11 @@
  *   bpf_iter__task_file   once, after those are attached: labels the sockets that are older than the probe
  *   adopt_query           run by the agent: finds a socket by its tuple and returns its label
  *
+ * watch.c, the second half, tells when a session's process is moved out of its job.
+ *
  * Compiled by BCC against the header tree in include/, which holds UAPI facts only. The few offsets into
- * kernel structs that seeding needs come from the running kernel's BTF, as -D ADOPT_OFFSET_*; without them
- * (ADOPT_SEED undefined) the rest works and nothing is seeded.
+ * kernel structs that seeding and twins.h need come from the running kernel's BTF, as -D ADOPT_OFFSET_*; without
+ * them (ADOPT_SEED, ADOPT_TWINS undefined) the rest works, nothing is seeded and no twin is looked for.
  *
  * Label records are never changed in place once a reader can see them (but for one flag while seeding), so
  * a reader sees an old record or a new one and never half of each.
@@ -16,6 +18,10 @@
 #define BPF_LICENSE GPL
 
 #include "adopt_record.h"
+#include "kernel_memory.h"
+#ifdef ADOPT_TWINS
+#include "twins.h"
+#endif
 
 /* UAPI, include/uapi/linux/in.h, include/linux/socket.h and include/net/tcp_states.h: fixed by the ABI. */
 #define AF_INET6    10
@@ -37,6 +43,54 @@ INLINE void count(enum adopt_counter which)
 
 	if (value)
 		*value += 1;
+}
+
+BPF_ARRAY(adopt_watched, struct adopt_watched, 1);
+BPF_ARRAY(adopt_paces, struct adopt_pace, ADOPT_SHARES);
+BPF_RINGBUF_OUTPUT(adopt_connects, ADOPT_CONNECTED_BUFFER_BYTES / PAGE_SIZE);
+
+INLINE int is_watched(u16 port_be)
+{
+	int first = 0, i;
+	struct adopt_watched *watched = adopt_watched.lookup(&first);
+
+	if (!watched || !port_be)
+		return 0;
+#pragma clang loop unroll(full)
+	for (i = 0; i < ADOPT_WATCHED_PORTS; i++)
+		if (watched->ports_be[i] == port_be)
+			return 1;
+	return 0;
+}
+
+/* Tells the agent of a connection, while the process that made it is still there to be looked at. */
+INLINE void tell(u32 tgid, u32 uid, u64 now)
+{
+	int slot = uid % ADOPT_SHARES;
+	struct adopt_pace *pace = adopt_paces.lookup(&slot);
+	struct adopt_connected *event;
+
+	if (!pace)
+		return;
+	if (now - pace->window_ns > ADOPT_EVENT_WINDOW_NS) {
+		pace->window_ns = now;
+		pace->events = 0;
+	}
+	__sync_fetch_and_add(&pace->events, 1);
+	if (pace->events > ADOPT_CONNECTED_OF_USER_MAX) {
+		count(ADOPT_COUNT_CONNECT_WITHHELD);
+		return;
+	}
+	event = adopt_connects.ringbuf_reserve(sizeof(*event));
+	if (!event) {
+		count(ADOPT_COUNT_CONNECT_LOST);
+		return;
+	}
+	event->type = ADOPT_EVENT_CONNECTED;
+	event->tgid = tgid;
+	event->labelled_ns = now;
+	adopt_connects.ringbuf_submit(event, 0);
+	count(ADOPT_COUNT_CONNECTS);
 }
 
 /* Always 1: the probe watches connect(), it never refuses one. */
@@ -67,6 +121,8 @@ INLINE int label(struct bpf_sock_addr *ctx)
 		seen = adopt_owners.sk_storage_get(sk, &record, BPF_SK_STORAGE_GET_F_CREATE);
 	}
 	count(seen ? ADOPT_COUNT_LABELLED : ADOPT_COUNT_STORAGE_REFUSED);
+	if (seen && is_watched((u16)ctx->user_port))
+		tell(record.tgid, record.uid, record.labelled_ns);
 	return 1;
 }
 
@@ -116,6 +172,10 @@ INLINE enum adopt_outcome read_label(struct bpf_sock *sk, struct adopt_query *qu
 		count(ADOPT_COUNT_QUERY_MISMATCH);
 		return ADOPT_OUTCOME_MISMATCH;
 	}
+	query->device = FIELD(sk, bound_dev_if);
+#ifdef ADOPT_TWINS
+	query->twins = count_twins(sk, query->family);
+#endif
 	record = adopt_owners.sk_storage_get(sk, 0, 0);
 	if (!record) {
 		count(ADOPT_COUNT_QUERY_UNLABELLED);
@@ -140,12 +200,17 @@ int adopt_query(struct __sk_buff *skb)
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *sk;
 	enum adopt_outcome outcome = ADOPT_OUTCOME_NOT_FOUND;
+	s64 netns;
 
 	if ((void *)(query + 1) > end) {
 		count(ADOPT_COUNT_QUERY_MALFORMED);
 		return ADOPT_OUTCOME_MALFORMED;
 	}
+	/* Negative is the asker's own, and an id that it has given to none finds nothing. */
+	netns = (s32)query->netns;
 	query->state = 0;
+	query->device = 0;
+	query->twins = ADOPT_TWINS_UNKNOWN;
 	__builtin_memset(&query->record, 0, sizeof(query->record));
 
 	/* The tuple is a packet's on its way in: its source is the remote end. */
@@ -154,13 +219,13 @@ int adopt_query(struct __sk_buff *skb)
 		tuple.ipv4.daddr = *(u32 *)query->source;
 		tuple.ipv4.sport = query->destination_port_be;
 		tuple.ipv4.dport = query->source_port_be;
-		sk = bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+		sk = bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), netns, 0);
 	} else if (query->family == 6) {
 		__builtin_memcpy(tuple.ipv6.saddr, query->destination, sizeof(tuple.ipv6.saddr));
 		__builtin_memcpy(tuple.ipv6.daddr, query->source, sizeof(tuple.ipv6.daddr));
 		tuple.ipv6.sport = query->destination_port_be;
 		tuple.ipv6.dport = query->source_port_be;
-		sk = bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+		sk = bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), netns, 0);
 	} else {
 		count(ADOPT_COUNT_QUERY_MALFORMED);
 		query->outcome = ADOPT_OUTCOME_MALFORMED;

@@ -1,10 +1,11 @@
-"""A bpffs of the test's own and a probe on it: mounted and loaded here, and gone afterwards.
+"""A bpffs of the test's own, a probe on it, and cgroups: made here, and gone afterwards.
 
 No fixture acts unless asked for. Names carry the process id, so the tests run twice at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -20,6 +21,7 @@ from adoptd.model import ProbeError
 from adoptd.probe import mounts
 from adoptd.probe.pins import OpenProbe
 from adoptd.probe.sources import find_sources
+from kernel.cgroup_tree import Cgroups
 
 _MNT_DETACH = 2
 
@@ -120,3 +122,23 @@ def cgroup() -> Iterator[Path]:
         if private is not None:
             subprocess.run(["umount", str(private)], check=True)
             private.rmdir()
+
+
+@pytest.fixture
+def cgroups() -> Iterator[Cgroups]:
+    """A tree of cgroups, gone afterwards; what the test opened and did not close fails it."""
+    tree = Cgroups()
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        yield tree
+        assert len(os.listdir("/proc/self/fd")) - before - 2 * len(tree.children) <= 1
+    finally:
+        tree.close()
+    assert not [label for label in tree.hierarchies if tree.at(label, tree.top).exists()]
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    """What a test makes, undone in the opposite order at its end."""
+    with contextlib.ExitStack() as opened:
+        yield opened

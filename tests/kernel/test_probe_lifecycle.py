@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Callable, List, Mapping, Union
 
@@ -200,12 +201,21 @@ def test_where_bpf_is_refused_the_error_says_so(pin_dir: Path) -> None:
     poor = ["setpriv", "--bounding-set=-sys_admin,-bpf", "--inh-caps=-sys_admin,-bpf"]
     done = _in_child(code, *arguments, prefix=poor)
     assert done.returncode == 1
-    assert "BPF is not permitted (EPERM)" in done.stderr.splitlines()[-1]
+    assert "BPF is not permitted" in done.stderr.splitlines()[-1]
     assert list(pin_dir.iterdir()) == []
     # Imported first: the source tree may lie where only root can read.
     as_nobody = code.replace("; sys.exit", "; import os; os.setgroups([]); os.setuid(65534); sys.exit")
     done = _in_child(as_nobody, *arguments, prefix=[])
     assert done.stderr.splitlines()[-1] == "BPF is not permitted: must be root"
+
+
+def test_what_is_loaded_does_not_depend_on_kernel_addresses(pin_dir: Path) -> None:
+    """Shown to CAP_SYSLOG alone on most hosts, and to nobody in the agent's unit: bcc looks for helpers by them."""
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /proc/kallsyms && exec "$@"', "sh"]
+    code = "import sys; from pathlib import Path; from adoptd import probe; print(probe.load(Path(sys.argv[1])))"
+    done = _in_child(code, pin_dir, prefix=hidden)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"loaded, schema {_schema_dir(pin_dir).name}\n"
 
 
 def test_without_bcc_the_error_names_the_package(pin_dir: Path) -> None:
@@ -239,7 +249,7 @@ def test_loading_twice_changes_nothing(pin_dir: Path) -> None:
     ):
         assert probe.load(pin_dir).startswith("already loaded")
         with probe.open_probe(pin_dir) as again:
-            assert again.lookup(_connection(client)) == opened.lookup(_connection(client)) is not None
+            assert again.ask(_connection(client)).record == opened.ask(_connection(client)).record is not None
 
 
 def test_racing_loaders_make_one_probe(pin_dir: Path) -> None:
@@ -290,7 +300,7 @@ def test_upgrade_leaves_no_gap(pin_dir: Path, other_sources: Path) -> None:
             stop.set()
             connecting.join()
         with probe.open_probe(pin_dir, other_sources) as opened:
-            records = [opened.lookup(_connection(client)) for client in clients]
+            records = [opened.ask(_connection(client)).record for client in clients]
     for client in clients:
         client.close()
     assert {None if record is None else record.pid for record in records} == {os.getpid()}
@@ -314,7 +324,8 @@ def test_unload_leaves_nothing(pin_dir: Path) -> None:
         }
         ids.append((kind[4:], describe[kind](fd).id))
         os.close(fd)
-    assert sorted(kind for kind, _ in ids) == ["link"] * 2 + ["map"] * 2 + ["prog"] * 3
+    # The probe's and, with four programs more, the watch's.
+    assert Counter(kind for kind, _ in ids) == {"link": 2 + 4, "map": 5 + 3, "prog": 3 + 4}
     assert all(_exists(kind, number) for kind, number in ids)
     assert probe.unload(pin_dir).startswith("unloaded")
     assert not pin_dir.exists()
@@ -335,12 +346,12 @@ def test_several_probes_do_not_disturb_each_other(pin_dir: Path) -> None:
         ):
             with probe.open_probe(other) as theirs:
                 for opened in (ours, theirs):
-                    record = opened.lookup(_connection(client))
+                    record = opened.ask(_connection(client)).record
                     assert record is not None
                     assert record.pid == os.getpid()
             probe.unload(other)
             probe.self_test(ours)
-            assert ours.lookup(_connection(client)) is not None
+            assert ours.ask(_connection(client)).record is not None
     finally:
         probe.unload(other)
 

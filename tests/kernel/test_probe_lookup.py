@@ -6,7 +6,6 @@ import ctypes
 import errno
 import functools
 import os
-import select
 import socket
 import struct
 import time
@@ -20,6 +19,7 @@ from adoptd.model import Connection, Endpoint
 from adoptd.probe.pins import OpenProbe
 from adoptd.probe.record import Outcome, SocketRecord
 from adoptd.process import started_ns
+from kernel.actors import disconnect, fill_option_memory
 
 NOBODY = 65534
 
@@ -60,12 +60,6 @@ def _record(opened: OpenProbe, client: socket.socket) -> SocketRecord:
     assert answer.outcome is Outcome.LABELLED, answer
     assert answer.record is not None
     return answer.record
-
-
-def _disconnect(client: socket.socket) -> None:
-    """connect(2) to AF_UNSPEC, which Python has no word for."""
-    nowhere = struct.pack("=H14x", socket.AF_UNSPEC)
-    assert ctypes.CDLL(None).connect(client.fileno(), nowhere, len(nowhere)) == 0
 
 
 def test_an_unknown_connection_is_not_found(opened: OpenProbe, listener: socket.socket) -> None:
@@ -135,7 +129,7 @@ def test_a_socket_without_memory_for_a_label_is_unattributed(opened: OpenProbe, 
     """Its owner can fill a socket's option memory: then nobody is named, it is counted, and connect() still works."""
     before = opened.counters()["storage_refused"]
     with socket.socket() as client:
-        _fill_option_memory(client)
+        fill_option_memory(client)
         client.connect(listener.getsockname())
         answer = opened.ask(connection_of(client))
         assert (answer.outcome, answer.state, answer.record) == (Outcome.UNLABELLED, 1, None)
@@ -147,40 +141,11 @@ def test_a_filled_socket_does_not_keep_its_old_label(opened: OpenProbe, listener
     with socket.socket() as client:
         client.connect(listener.getsockname())
         assert _record(opened, client).pid == os.getpid()
-        _disconnect(client)
-        _fill_option_memory(client)
+        disconnect(client)
+        fill_option_memory(client)
         in_child(lambda: client.connect(listener.getsockname()))
-        record = opened.lookup(connection_of(client))
+        record = opened.ask(connection_of(client)).record
         assert record is None or record.pid != os.getpid()
-
-
-def _fill_option_memory(client: socket.socket) -> None:
-    """Attach the largest filter that still fits (sk_filter_charge), so that nothing of a label's size does."""
-    so_attach_filter, so_detach_filter = 26, 27
-    # "ldb [0]": one classic instruction, many of the kernel's own.
-    load, accept = struct.pack("=HBBI", 0x30, 0, 0, 0), struct.pack("=HBBI", 0x06, 0, 0, 0xFFFF)
-
-    def attach(length: int) -> bool:
-        code = ctypes.create_string_buffer(load * length + accept)
-        program = struct.pack("=HxxxxxxQ", length + 1, ctypes.addressof(code))
-        try:
-            client.setsockopt(socket.SOL_SOCKET, so_attach_filter, program)
-        except OSError as error:
-            if error.errno != errno.ENOMEM:
-                raise
-            return False
-        return True
-
-    low, high = 0, 4095
-    while low < high - 1:
-        middle = (low + high) // 2
-        if attach(middle):
-            client.setsockopt(socket.SOL_SOCKET, so_detach_filter, 0)
-            low = middle
-        else:
-            high = middle
-    assert high < 4095, "the largest filter allowed does not fill the option memory"
-    assert attach(low)
 
 
 @pytest.mark.parametrize(
@@ -235,40 +200,12 @@ def test_the_cgroup_is_the_connectors(opened: OpenProbe, listener: socket.socket
         assert _record(opened, client).cgroup_id == cgroup.stat().st_ino
 
 
-def test_a_fork_does_not_change_the_owner(opened: OpenProbe, listener: socket.socket) -> None:
-    """The process that connected has gone, another holds the socket: the answer is still the one that connected."""
-    with socket.socket() as client:
-        pid = in_child(lambda: client.connect(listener.getsockname()))
-        assert started_ns(pid) is None
-        assert _record(opened, client).pid == pid != os.getpid()
-
-
-def test_a_non_blocking_connect_is_labelled(opened: OpenProbe, listener: socket.socket) -> None:
-    """connect() that returns before the handshake ends."""
-    with socket.socket() as client:
-        client.setblocking(False)
-        assert client.connect_ex(listener.getsockname()) in (0, errno.EINPROGRESS)
-        assert select.select([], [client], [], 10)[1]
-        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
-        assert _record(opened, client).pid == os.getpid()
-
-
-def test_a_retry_after_refusal_is_the_retriers(opened: OpenProbe, listener: socket.socket) -> None:
-    """Refused for one process and tried again by another on the same socket: the second is the owner."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        with socket.socket() as client:
-            assert client.connect_ex(closed.getsockname()) == errno.ECONNREFUSED
-            pid = in_child(lambda: client.connect(listener.getsockname()))
-            assert _record(opened, client).pid == pid
-
-
 def test_a_reconnect_is_the_reconnecters(opened: OpenProbe, listener: socket.socket) -> None:
     """Disconnected by AF_UNSPEC and connected by another process: the label is the new one, whole."""
     with socket.socket() as client:
         client.connect(listener.getsockname())
         first = _record(opened, client)
-        _disconnect(client)
+        disconnect(client)
         pid = in_child(lambda: client.connect(listener.getsockname()))
         second = _record(opened, client)
     assert (first.pid, second.pid) == (os.getpid(), pid)
@@ -329,7 +266,7 @@ def test_a_seeded_socket_knows_its_holders_cgroup(pin_dir: Path, listener: socke
         assert os.read(ready, 1) == b"1"
         probe.load(pin_dir)
         with probe.open_probe(pin_dir) as opened:
-            record = opened.lookup(connection)
+            record = opened.ask(connection).record
         assert record is not None
         assert (record.pid, record.cgroup_id, record.shared) == (pid, cgroup.stat().st_ino, False)
     finally:

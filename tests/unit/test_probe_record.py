@@ -19,6 +19,11 @@ from adoptd.probe.sources import find_sources, is_schema, schema_of
 
 _QUERY = "adopt_query"
 _RECORD = "adopt_record"
+_OTHERS = {
+    "adopt_member": record.MEMBER_FIELDS,
+    "adopt_move": record.MOVE_FIELDS,
+    "adopt_connected": record.CONNECTED_FIELDS,
+}
 
 
 def _facts_of_the_header(directory: Path) -> Dict[str, int]:
@@ -37,6 +42,18 @@ def _facts_of_the_header(directory: Path) -> Dict[str, int]:
     for name, _ in record.QUESTION_FIELDS + record.ANSWER_FIELDS:
         wanted += [(f"offset {name}", f"offsetof(struct {_QUERY}, {name})")]
         wanted += [(f"sizeof {name}", f"sizeof(((struct {_QUERY} *)0)->{name})")]
+    for struct_name, fields in _OTHERS.items():
+        wanted += [(f"sizeof {struct_name}", f"sizeof(struct {struct_name})")]
+        for name, _ in fields:
+            wanted += [(f"offset {struct_name}.{name}", f"offsetof(struct {struct_name}, {name})")]
+            wanted += [(f"sizeof {struct_name}.{name}", f"sizeof(((struct {struct_name} *)0)->{name})")]
+    wanted += [("sizeof share", "sizeof(struct adopt_share)"), ("path bytes", "ADOPT_PATH_BYTES")]
+    wanted += [("sizeof watched", "sizeof(struct adopt_watched)"), ("sizeof pace", "sizeof(struct adopt_pace)")]
+    wanted += [("connected bytes", "ADOPT_CONNECTED_BUFFER_BYTES"), ("connects", "ADOPT_CONNECTED_OF_USER_MAX")]
+    wanted += [("own netns", "ADOPT_NETNS_OWN"), ("twins unknown", "ADOPT_TWINS_UNKNOWN")]
+    wanted += [("members max", "ADOPT_MEMBERS_MAX"), ("shares", "ADOPT_SHARES")]
+    wanted += [("event bytes", "ADOPT_EVENT_BUFFER_BYTES"), ("window ns", "ADOPT_EVENT_WINDOW_NS")]
+    wanted += [(f"event {event.name}", f"ADOPT_EVENT_{event.name}") for event in record.EventType]
     wanted += [(f"label {label.name}", f"ADOPT_LABEL_{label.name}") for label in record.Label]
     wanted += [(f"outcome {outcome.name}", f"ADOPT_OUTCOME_{outcome.name}") for outcome in record.Outcome]
     wanted += [(f"counter {name}", f"ADOPT_COUNT_{name.upper()}") for name in record.COUNTERS]
@@ -78,6 +95,27 @@ def test_the_mirror_is_the_header(header: Dict[str, int]) -> None:
         "offset record": record.QUERY_BYTES - record.RECORD.size,
         **_expected_fields(record.RECORD_FIELDS, 0),
         **_expected_fields(record.QUESTION_FIELDS + record.ANSWER_FIELDS, 0),
+        **{
+            f"{fact.split()[0]} {struct_name}.{fact.split()[1]}": number
+            for struct_name, fields in _OTHERS.items()
+            for fact, number in _expected_fields(fields, 0).items()
+        },
+        "sizeof adopt_member": record.MEMBER.size,
+        "sizeof adopt_move": record.MOVE.size,
+        "sizeof share": record.SHARE_BYTES,
+        "path bytes": record.PATH_BYTES,
+        "sizeof adopt_connected": record.CONNECTED.size,
+        "sizeof watched": record.WATCHED_BYTES,
+        "sizeof pace": record.PACE_BYTES,
+        "connected bytes": record.CONNECTED_BUFFER_BYTES,
+        "connects": record.CONNECTED_OF_USER_MAX,
+        "own netns": record.NETNS_OWN,
+        "twins unknown": record.TWINS_UNKNOWN,
+        "members max": record.MEMBERS_MAX,
+        "shares": record.SHARES,
+        "event bytes": record.EVENT_BUFFER_BYTES,
+        "window ns": round(record.EVENT_WINDOW_S * 1e9),
+        **{f"event {event.name}": event.value for event in record.EventType},
         **{f"label {label.name}": label.value for label in record.Label},
         **{f"outcome {outcome.name}": outcome.value for outcome in record.Outcome},
         **{f"counter {name}": index for index, name in enumerate(record.COUNTERS)},
@@ -88,8 +126,8 @@ def test_the_mirror_is_the_header(header: Dict[str, int]) -> None:
 def _packet(returned: int, outcome: int, flags: int, state: int = 1) -> bytearray:
     packet = bytearray(record.PACKET_BYTES)
     offset = record.QUERY_OFFSET + record.QUESTION.size
-    struct.pack_into("=II", packet, offset, outcome, state)
-    record.RECORD.pack_into(packet, offset + 8, 12345, 678, 42, 1001, flags, 0, b"ssh\xff\0left over")
+    struct.pack_into("=IIII", packet, offset, outcome, state, 3, record.TWINS_UNKNOWN)
+    record.RECORD.pack_into(packet, offset + 16, 12345, 678, 42, 1001, flags, 0, b"ssh\xff\0left over")
     return packet
 
 
@@ -153,7 +191,8 @@ def test_a_question_carries_nothing_of_the_last_answer() -> None:
     pad = bytes(12)
     assert bytes(question[:8]) == struct.pack("=I", 4) + b"\x12\x34\x00\x16"
     assert bytes(question[8:40]) == bytes([10, 1, 2, 3]) + pad + bytes([10, 4, 5, 6]) + pad
-    assert not any(question[40:])
+    assert bytes(question[40:48]) == struct.pack("=II", record.NETNS_OWN, 0)
+    assert not any(question[48:])
 
 
 def test_the_schema_is_of_every_source(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -92,6 +93,8 @@ def _run_loader(action: str, pin_dir: Path, source_dir: Optional[Path]) -> str:
         command += ["--source-dir", str(source_dir.absolute())]
     # Nothing of our environment: neither bcc nor clang is to be steered by it.
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "PYTHONPATH": _package_root()}
+    # It may be root's, and its modules a package's, which must find no files of ours when it is removed.
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
     try:
         done = subprocess.run(
             command,
@@ -106,6 +109,9 @@ def _run_loader(action: str, pin_dir: Path, source_dir: Optional[Path]) -> str:
         raise ProbeError(f"probe {action}: not done after {_TIMEOUT_S:.0f} s") from None
     except OSError as error:
         raise ProbeError(f"probe {action}: cannot start {command[0]}: {error.strerror}") from None
+    if done.returncode == -signal.SIGSEGV:
+        # As bcc 0.26 ends over sources with many errors, of which it has said some.
+        raise ProbeError(f"probe {action}: bcc does not compile it, but crashes: {_last_line(done.stderr)}")
     if done.returncode != 0:
         raise ProbeError(f"probe {action}: {_last_line(done.stderr) or f'ended with status {done.returncode}'}")
     return _last_line(done.stdout)

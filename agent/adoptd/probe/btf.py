@@ -1,7 +1,7 @@
 """Where a member of a kernel struct is, read from the running kernel's own type information.
 
-Owns the little of the BTF format (Linux Documentation/bpf/btf.rst) that this takes. Only seeding needs
-it, for the few facts no helper gives; the result is handed to the compiler as numbers, so nothing about a
+Owns the little of the BTF format (Linux Documentation/bpf/btf.rst) that this takes. Only seeding and the watch
+need it, for the few facts no helper gives; the result is handed to the compiler as numbers, so nothing about a
 kernel version is written down anywhere. Must never guess an offset. Called by the loader only.
 """
 
@@ -27,6 +27,29 @@ SEED_MEMBERS: Mapping[str, Tuple[str, ...]] = {
     "CRED_UID": ("cred", "uid"),
     "CSS_SET_DFL_CGRP": ("css_set", "dfl_cgrp"),
     "CGROUP_KN": ("cgroup", "kn"),
+    "KERNFS_NODE_ID": ("kernfs_node", "id"),
+}
+
+# The members the look-up for twins reads.
+TWIN_MEMBERS: Mapping[str, Tuple[str, ...]] = {
+    "SOCK_STATE": ("sock", "__sk_common", "skc_state"),
+    "SK_NODE": ("sock", "__sk_common", "skc_nulls_node"),
+    "SK_HASH": ("sock", "__sk_common", "skc_hash"),
+    "SK_NET": ("sock", "__sk_common", "skc_net"),
+    "SK_PORTS": ("sock", "__sk_common", "skc_portpair"),
+    "SK_IPV4": ("sock", "__sk_common", "skc_addrpair"),
+    "SK_IPV6_REMOTE": ("sock", "__sk_common", "skc_v6_daddr"),
+    "SK_IPV6_LOCAL": ("sock", "__sk_common", "skc_v6_rcv_saddr"),
+}
+
+# The members the watch reads.
+WATCH_MEMBERS: Mapping[str, Tuple[str, ...]] = {
+    "TASK_PID": ("task_struct", "pid"),
+    "TASK_SIGNAL": ("task_struct", "signal"),
+    "SIGNAL_LIVE": ("signal_struct", "live"),
+    "CGROUP_KN": ("cgroup", "kn"),
+    "CGROUP_ROOT": ("cgroup", "root"),
+    "CGROUP_ROOT_HIERARCHY": ("cgroup_root", "hierarchy_id"),
     "KERNFS_NODE_ID": ("kernfs_node", "id"),
 }
 
@@ -124,11 +147,14 @@ class Btf:
         return self._data[start : self._data.index(b"\0", start)].decode("ascii", "replace")
 
 
-def seed_offsets(vmlinux: Path = VMLINUX) -> Mapping[str, int]:
-    """The offset in bytes of each of :data:`SEED_MEMBERS`. Raises ProbeError if the kernel does not tell."""
+def read_vmlinux(vmlinux: Path = VMLINUX) -> Btf:
+    """The running kernel's own type information. Raises ProbeError if it has none."""
     try:
-        data = vmlinux.read_bytes()
+        return Btf(vmlinux.read_bytes())
     except OSError as error:
         raise ProbeError(f"{vmlinux}: cannot be read: {error.strerror}") from None
-    btf = Btf(data)
-    return {name: btf.offset_of(path) for name, path in SEED_MEMBERS.items()}
+
+
+def offsets(btf: Btf, members: Mapping[str, Tuple[str, ...]]) -> Mapping[str, int]:
+    """The offset in bytes of each of ``members``. Raises ProbeError if this kernel has one of them not."""
+    return {name: btf.offset_of(path) for name, path in members.items()}

@@ -17,13 +17,18 @@ from typing import Mapping, Optional, Protocol, Sequence, Tuple, cast
 
 from adoptd.deadline import Deadline
 from adoptd.model import ProbeError
-from adoptd.probe import btf, mounts, pins, store, syscalls
-from adoptd.probe.sources import PROGRAM, schema_of
+from adoptd.probe import btf, mounts, pins, store, syscalls, watching
+from adoptd.probe.accounting import leave_memory_cgroup
+from adoptd.probe.sources import PROGRAM, WATCH_PROGRAM, schema_of
 
 # Another loader compiles for half a second, 13 times that in an emulated machine.
 _LOCK_BUDGET_MS = 30_000
 _READ_BYTES = 4096
 _SEED = b"bpf_iter__task_file"
+# include/uapi/linux/capability.h, since 5.8; CAP_SYS_ADMIN stands for the first and the third. Without the third the
+# verifier refuses what the programs do with pointers, and says EINVAL.
+_CAPABILITIES = {"CAP_BPF": 39, "CAP_NET_ADMIN": 12, "CAP_PERFMON": 38}
+_CAP_SYS_ADMIN = 21
 
 
 class _Function(Protocol):
@@ -48,12 +53,26 @@ def load(pin_dir: Path, source_dir: Path) -> str:
             store.sweep(directory, keep=(schema,))
             return f"already loaded, schema {schema}"
         store.sweep(directory, keep=found)
-        offsets, no_seed = _seed_offsets()
-        module = _compile(source_dir, offsets)
+        # Before any map is made: each is paid for by where its maker is.
+        charged = leave_memory_cgroup()
+        seed, no_seed = _offsets(btf.SEED_MEMBERS)
+        watch, no_watch = _offsets(btf.WATCH_MEMBERS)
+        twins, no_twins = _offsets(btf.TWIN_MEMBERS)
+        module = _compile(source_dir, seed, watch, twins)
+        if twins:
+            try:
+                _load(module, pins.QUERY.name.encode(), pins.QUERY.type, -1)
+            except ProbeError as error:
+                # A kernel under lockdown lets no program read its memory: then without that one part.
+                no_twins, module = str(error), _compile(source_dir, seed, watch, {})
         name = store.begin(directory)
         try:
             _pin(module, f"/proc/self/fd/{directory}/{name}")
+            if no_watch is None:
+                no_watch = _pin_watch(module, f"/proc/self/fd/{directory}/{name}")
             _check(directory, name, schema, f"{pin_dir}/{name}")
+            if no_watch is None:
+                watching.inherit(directory, name, found)
             store.finish(directory, name, schema)
         except BaseException:
             # Without its pins the new probe detaches as this process ends; the old one was not touched.
@@ -66,8 +85,14 @@ def load(pin_dir: Path, source_dir: Path) -> str:
     done = f"loaded, schema {schema}"
     if found:
         done += f", in place of {', '.join(found)}"
+    if charged is not None:
+        done += f"; labels are charged to the loader's memory cgroup: {charged}"
     if no_seed is not None:
         done += f"; sockets already open are not labelled: {no_seed}"
+    if no_twins is not None:
+        done += f"; connections are not looked for twins: {no_twins}"
+    if no_watch is not None:
+        done += f"; moves of sessions are not told: {no_watch}"
     return done
 
 
@@ -86,20 +111,23 @@ def unload(pin_dir: Path) -> str:
 def _is_healthy(pin_dir: Path, source_dir: Path) -> bool:
     try:
         pins.open_probe(pin_dir, source_dir).close()
+        # Not there where the kernel did not take it; in pieces it is replaced.
+        with contextlib.suppress(store.MissingProbe):
+            watching.open_watch(pin_dir, source_dir).close()
     except ProbeError:
         return False
     return True
 
 
-def _seed_offsets() -> Tuple[Mapping[str, int], Optional[str]]:
-    """The offsets seeding needs, or none and why. A kernel without BTF can be probed, only not seeded."""
+def _offsets(members: Mapping[str, Tuple[str, ...]]) -> Tuple[Mapping[str, int], Optional[str]]:
+    """The offsets of ``members``, or none and why. A kernel without BTF can be probed, only not seeded or watched."""
     try:
-        return btf.seed_offsets(), None
+        return btf.offsets(btf.read_vmlinux(), members), None
     except ProbeError as error:
         return {}, str(error)
 
 
-def _compile(source_dir: Path, offsets: Mapping[str, int]) -> _Module:
+def _compile(source_dir: Path, seed: Mapping[str, int], watch: Mapping[str, int], twins: Mapping[str, int]) -> _Module:
     # Without it older bcc compiles against /tmp/kheaders-*, which anyone can make.
     os.environ["BCC_KERNEL_SOURCE"] = str(source_dir)
     try:
@@ -112,10 +140,11 @@ def _compile(source_dir: Path, offsets: Mapping[str, int]) -> _Module:
         raise ProbeError(
             f"{getattr(bcc, '__file__', 'bcc')} is another project of that name: use the distribution's bcc, not PyPI's"
         )
+    offsets = {**seed, **watch, **twins}
     flags = [f"-I{source_dir}", *(f"-DADOPT_OFFSET_{name}={offset}" for name, offset in offsets.items())]
-    if offsets:
-        flags.append("-DADOPT_SEED")
-    text = (source_dir / PROGRAM).read_bytes()
+    flags += [f"-DADOPT_{part}" for part, needed in (("SEED", seed), ("WATCH", watch), ("TWINS", twins)) if needed]
+    # One unit, since bcc rewrites what is in the main file only.
+    text = b"\n".join((source_dir / name).read_bytes() for name in (PROGRAM, WATCH_PROGRAM))
     try:
         return cast(_Module, bcc.BPF(text=text, cflags=flags))
     # bcc raises plain Exception for everything; what went wrong is on stderr already.
@@ -149,9 +178,10 @@ def _map_fd(module: _Module, name: str) -> int:
 def _refuse_if_forbidden() -> None:
     status = Path("/proc/self/status").read_text("ascii", "replace")
     effective = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")), 0)
-    # CAP_SYS_ADMIN, or CAP_BPF with CAP_NET_ADMIN (include/uapi/linux/capability.h; CAP_BPF since 5.8).
-    if not effective >> 21 & 1 and not (effective >> 39 & 1 and effective >> 12 & 1):
-        raise ProbeError("BPF is not permitted (EPERM): needs CAP_SYS_ADMIN, or CAP_BPF and CAP_NET_ADMIN")
+    missing = [name for name, number in _CAPABILITIES.items() if not effective >> number & 1]
+    if missing and not effective >> _CAP_SYS_ADMIN & 1:
+        without = " and no ".join(missing)
+        raise ProbeError(f"BPF is not permitted: needs {', '.join(_CAPABILITIES)}, and has no {without}")
 
 
 def _pin(module: _Module, into: str) -> None:
@@ -177,6 +207,29 @@ def _pin(module: _Module, into: str) -> None:
                 ) from None
             opened.callback(os.close, fd)
             syscalls.obj_pin(fd, f"{into}/{link.name}")
+
+
+def _pin_watch(module: _Module, into: str) -> Optional[str]:
+    """Load, pin and attach the watch: all of it, or nothing and why not. Looking takes its place."""
+    with contextlib.ExitStack() as undo:
+        try:
+            for wanted in watching.MAPS:
+                syscalls.obj_pin(_map_fd(module, wanted.name), f"{into}/{wanted.name}")
+                undo.callback(os.unlink, f"{into}/{wanted.name}")
+            for program in watching.PROGRAMS:
+                fd = _load(module, program.name.encode(), syscalls.PROG_TYPE_RAW_TRACEPOINT, -1)
+                syscalls.obj_pin(fd, f"{into}/{program.name}")
+                undo.callback(os.unlink, f"{into}/{program.name}")
+                link = syscalls.raw_tracepoint_open(fd, program.tracepoint)
+                try:
+                    syscalls.obj_pin(link, f"{into}/{program.link}")
+                finally:
+                    os.close(link)
+                undo.callback(os.unlink, f"{into}/{program.link}")
+        except (ProbeError, OSError) as error:
+            return str(error)
+        undo.pop_all()
+    return None
 
 
 def _check(directory: int, name: str, schema: str, shown: str) -> None:

@@ -9,20 +9,26 @@ the self-test, status, and the loader (to see whether there is anything to do).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, Mapping, Optional, Tuple
 
 from adoptd.model import Connection, ProbeError
 from adoptd.probe import store, syscalls
 from adoptd.probe.record import (
+    CONNECTED_BUFFER_BYTES,
     COUNTERS,
+    NETNS_OWN,
+    NOT_FOUND,
+    PACE_BYTES,
     PACKET_BYTES,
     RECORD,
+    SHARES,
+    WATCHED_BYTES,
     Answer,
-    SocketRecord,
     decode_answer,
     encode_question,
 )
@@ -40,14 +46,16 @@ class MapPin:
     type: int
     value_size: int
     max_entries: int
+    key_size: int = 4
 
 
 @dataclass(frozen=True)
 class ProgramPin:
-    """A program that must be pinned; its file and its function have the same name."""
+    """A program that must be pinned, and the maps it has; its file and its function have the same name."""
 
     name: str
     type: int
+    maps: Tuple[MapPin, ...]
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,17 @@ class LinkPin:
 
 OWNERS = MapPin("adopt_owners", syscalls.MAP_TYPE_SK_STORAGE, RECORD.size, 0)
 COUNTS = MapPin("adopt_counters", syscalls.MAP_TYPE_PERCPU_ARRAY, _COUNTER_BYTES, len(COUNTERS))
-QUERY = ProgramPin("adopt_query", syscalls.PROG_TYPE_SCHED_CLS)
-CONNECT4 = ProgramPin("adopt_connect4", syscalls.PROG_TYPE_CGROUP_SOCK_ADDR)
-CONNECT6 = ProgramPin("adopt_connect6", syscalls.PROG_TYPE_CGROUP_SOCK_ADDR)
+WATCHED = MapPin("adopt_watched", syscalls.MAP_TYPE_ARRAY, WATCHED_BYTES, 1)
+PACES = MapPin("adopt_paces", syscalls.MAP_TYPE_ARRAY, PACE_BYTES, SHARES)
+CONNECTS = MapPin("adopt_connects", syscalls.MAP_TYPE_RINGBUF, 0, CONNECTED_BUFFER_BYTES, 0)
+MAPS: Tuple[MapPin, ...] = (OWNERS, COUNTS, WATCHED, PACES, CONNECTS)
+QUERY = ProgramPin("adopt_query", syscalls.PROG_TYPE_SCHED_CLS, (OWNERS, COUNTS))
+CONNECT4 = ProgramPin("adopt_connect4", syscalls.PROG_TYPE_CGROUP_SOCK_ADDR, MAPS)
+CONNECT6 = ProgramPin("adopt_connect6", syscalls.PROG_TYPE_CGROUP_SOCK_ADDR, MAPS)
 LINKS: Tuple[LinkPin, ...] = (
     LinkPin("link_connect4", CONNECT4.name, syscalls.ATTACH_CGROUP_INET4_CONNECT),
     LinkPin("link_connect6", CONNECT6.name, syscalls.ATTACH_CGROUP_INET6_CONNECT),
 )
-MAPS: Tuple[MapPin, ...] = (OWNERS, COUNTS)
 PROGRAMS: Tuple[ProgramPin, ...] = (QUERY, CONNECT4, CONNECT6)
 
 
@@ -84,25 +95,26 @@ class OpenProbe:
         self._value_bytes = _COUNTER_BYTES * _possible_cpus()
         self._closed = False
 
-    def ask(self, connection: Connection) -> Answer:
+    def ask(self, connection: Connection, device: int = 0, netns: int = NETNS_OWN) -> Answer:
         """What the probe knows of ``connection`` in the network namespace of the calling thread.
 
+        ``device``: also look at sockets bound to the network device of this index, rather than to the loopback.
+        ``netns``: look in another network namespace, by the id that the calling thread's has for it.
         Some 10 us, whatever the number of sockets. Raises ProbeError if the probe cannot be asked.
         """
         with self._lock:
             if self._closed:
                 raise ProbeError("probe: asked after it was closed")
             run = self._run
-            encode_question(run.packet, connection)
+            encode_question(run.packet, connection, netns)
             try:
-                returned = run.run()
+                returned = run.run(device)
             except OSError as error:
+                if device and error.errno == errno.ENODEV:
+                    # Gone since it was listed, and what was bound to it is no connection any more.
+                    return NOT_FOUND
                 raise ProbeError(f"probe cannot be asked about {connection}: {error.strerror}") from None
             return decode_answer(run.packet, returned)
-
-    def lookup(self, connection: Connection) -> Optional[SocketRecord]:
-        """The label of ``connection``'s socket, None if there is no such socket or no label on it."""
-        return self.ask(connection).record
 
     def counters(self) -> Mapping[str, int]:
         """Every counter of the probe since it was loaded, all CPUs together. Raises ProbeError.
@@ -141,7 +153,11 @@ def open_probe(pin_dir: Path, source_dir: Optional[Path] = None) -> OpenProbe:
     Raises MissingProbe if none is loaded, ProbeError if it is of another schema, incomplete, detached, or
     not to be trusted: the directory is not root's alone, or what is pinned is not what should be.
     """
-    schema = schema_of(find_sources(source_dir))
+    return open_schema(pin_dir, schema_of(find_sources(source_dir)))
+
+
+def open_schema(pin_dir: Path, schema: str) -> OpenProbe:
+    """The probe of ``schema`` pinned under ``pin_dir``; otherwise as :func:`open_probe`."""
     directory = store.open_trusted(str(pin_dir), str(pin_dir))
     try:
         others = store.schemas(directory)
@@ -178,36 +194,31 @@ def open_pinned(directory: int, schema: str, shown: str) -> OpenProbe:
 
 
 def _check(fds: Mapping[str, int], shown: str) -> None:
-    map_ids: List[int] = []
+    map_ids: Dict[MapPin, int] = {}
     for wanted in MAPS:
-        _expect(f"{shown}/{wanted.name}", syscalls.kind_of(fds[wanted.name]), "bpf-map")
+        store.expect(f"{shown}/{wanted.name}", syscalls.kind_of(fds[wanted.name]), "bpf-map")
         described = syscalls.map_info(fds[wanted.name])
         found = (described.type, described.key_size, described.value_size, described.max_entries, described.name)
-        expected = (wanted.type, 4, wanted.value_size, wanted.max_entries, wanted.name)
-        _expect(f"{shown}/{wanted.name} (type, key bytes, value bytes, entries, name)", found, expected)
-        map_ids.append(described.id)
+        expected = (wanted.type, wanted.key_size, wanted.value_size, wanted.max_entries, wanted.name)
+        store.expect(f"{shown}/{wanted.name} (type, key bytes, value bytes, entries, name)", found, expected)
+        map_ids[wanted] = described.id
     program_ids: Dict[str, int] = {}
     for program in PROGRAMS:
-        _expect(f"{shown}/{program.name}", syscalls.kind_of(fds[program.name]), "bpf-prog")
+        store.expect(f"{shown}/{program.name}", syscalls.kind_of(fds[program.name]), "bpf-prog")
         info = syscalls.prog_info(fds[program.name])
         # The maps too: a program over another map of the same shape would be heard but never asked.
         found_program = (info.type, info.name, sorted(info.map_ids))
-        expected_program = (program.type, program.name, sorted(map_ids))
-        _expect(f"{shown}/{program.name} (type, name, maps)", found_program, expected_program)
+        expected_program = (program.type, program.name, sorted(map_ids[each] for each in program.maps))
+        store.expect(f"{shown}/{program.name} (type, name, maps)", found_program, expected_program)
         program_ids[program.name] = info.id
     for link in LINKS:
-        _expect(f"{shown}/{link.name}", syscalls.kind_of(fds[link.name]), "bpf-link")
+        store.expect(f"{shown}/{link.name}", syscalls.kind_of(fds[link.name]), "bpf-link")
         attached = syscalls.link_info(fds[link.name])
         found_link = (attached.type, attached.prog_id, attached.attach_type)
         expected_link = (syscalls.LINK_TYPE_CGROUP, program_ids[link.program], link.attach_type)
-        _expect(f"{shown}/{link.name} (type, program, attach type)", found_link, expected_link)
+        store.expect(f"{shown}/{link.name} (type, program, attach type)", found_link, expected_link)
         if attached.cgroup_id == 0:
             raise ProbeError(f"{shown}/{link.name}: is detached, expected attached to the cgroup root")
-
-
-def _expect(shown: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise ProbeError(f"{shown}: is {found}, expected {expected}")
 
 
 def _total(value: bytes) -> int:

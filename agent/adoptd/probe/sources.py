@@ -18,6 +18,7 @@ _HERE = Path(__file__).resolve().parent
 _PLACES: Tuple[Path, ...] = (_HERE.parents[2] / "bpf", _HERE / "bpf", Path("/usr/share/adoptd/bpf"))
 
 PROGRAM = "probe.c"
+WATCH_PROGRAM = "watch.c"
 
 # Half of a SHA-256: no collision by accident, and bpffs names stay readable.
 SCHEMA_DIGITS = 32
@@ -39,6 +40,8 @@ def schema_of(source_dir: Path) -> str:
     """
     digest = hashlib.sha256()
     for part in (*record.RECORD_FIELDS, *record.QUESTION_FIELDS, *record.ANSWER_FIELDS):
+        digest.update(f"{part[0]}:{part[1]};".encode())
+    for part in (*record.MEMBER_FIELDS, *record.MOVE_FIELDS, *record.CONNECTED_FIELDS):
         digest.update(f"{part[0]}:{part[1]};".encode())
     digest.update(";".join(record.COUNTERS).encode())
     try:

@@ -187,3 +187,9 @@ def _is_same(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def expect(shown: str, found: object, expected: object) -> None:
+    """Raises ProbeError if the thing ``shown`` is not as it must be."""
+    if found != expected:
+        raise ProbeError(f"{shown}: is {found}, expected {expected}")

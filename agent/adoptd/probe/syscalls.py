@@ -8,38 +8,52 @@ naming the command. Called by the probe's other modules and by the tests.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import struct
 from dataclasses import dataclass
-from typing import Mapping, Tuple
+from typing import Iterator, Mapping, Tuple
 
 # include/uapi/linux/bpf.h
+MAP_TYPE_HASH = 1
+MAP_TYPE_ARRAY = 2
 MAP_TYPE_PERCPU_ARRAY = 6
 MAP_TYPE_SK_STORAGE = 24
+MAP_TYPE_RINGBUF = 27
 PROG_TYPE_SCHED_CLS = 3
+PROG_TYPE_RAW_TRACEPOINT = 17
 PROG_TYPE_CGROUP_SOCK_ADDR = 18
 PROG_TYPE_TRACING = 26
+LINK_TYPE_RAW_TRACEPOINT = 1
 LINK_TYPE_CGROUP = 3
 ATTACH_CGROUP_INET4_CONNECT = 10
 ATTACH_CGROUP_INET6_CONNECT = 11
 ATTACH_TRACE_ITER = 28
 
 _MAP_LOOKUP_ELEM = 1
+_MAP_UPDATE_ELEM = 2
+_MAP_DELETE_ELEM = 3
+_MAP_GET_NEXT_KEY = 4
 _OBJ_PIN = 6
 _OBJ_GET = 7
 _PROG_TEST_RUN = 10
 _OBJ_GET_INFO_BY_FD = 15
+_RAW_TRACEPOINT_OPEN = 17
 _LINK_CREATE = 28
 _ITER_CREATE = 33
 _LINK_DETACH = 34
 _NAMES: Mapping[int, str] = {
     _MAP_LOOKUP_ELEM: "BPF_MAP_LOOKUP_ELEM",
+    _MAP_UPDATE_ELEM: "BPF_MAP_UPDATE_ELEM",
+    _MAP_DELETE_ELEM: "BPF_MAP_DELETE_ELEM",
+    _MAP_GET_NEXT_KEY: "BPF_MAP_GET_NEXT_KEY",
     _OBJ_PIN: "BPF_OBJ_PIN",
     _OBJ_GET: "BPF_OBJ_GET",
     _PROG_TEST_RUN: "BPF_PROG_TEST_RUN",
     _OBJ_GET_INFO_BY_FD: "BPF_OBJ_GET_INFO_BY_FD",
+    _RAW_TRACEPOINT_OPEN: "BPF_RAW_TRACEPOINT_OPEN",
     _LINK_CREATE: "BPF_LINK_CREATE",
     _ITER_CREATE: "BPF_ITER_CREATE",
     _LINK_DETACH: "BPF_LINK_DETACH",
@@ -59,7 +73,12 @@ _INFO = struct.Struct("=IIQ")
 _LOOKUP = struct.Struct("=IIQQQ")
 _FOUR = struct.Struct("=IIII")
 _TWO = struct.Struct("=II")
-_TEST = struct.Struct("=IIIIQQII")
+_TEST = struct.Struct("=IIIIQQIIIIQQ")
+# ctx_size_in, ctx_size_out, ctx_in: bytes 40 to 56 of the above.
+_TEST_CONTEXT = struct.Struct("=IIQ")
+_TEST_CONTEXT_AT = 40
+# Where in struct __sk_buff the network device's index is.
+_SKB_IFINDEX_AT = 40
 # retval, data_size_in, data_size_out: bytes 4 to 16 of the above.
 _TEST_RESULT = struct.Struct("=III")
 
@@ -68,6 +87,7 @@ _MAP_INFO = struct.Struct("=IIIIII16s")
 _LINK_INFO = struct.Struct("=III4xQI4x")
 # More maps than any program of ours uses; the kernel fills in as many as fit and says how many there are.
 _MAP_IDS_MAX = 16
+_TRACEPOINT_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -157,6 +177,51 @@ def map_lookup(fd: int, key: int, value_bytes: int) -> bytes:
     return value.raw
 
 
+def map_update(fd: int, key: int, value: bytes) -> None:
+    """Write the value under a 32-bit key. ``value`` must have the map's size."""
+    index = ctypes.c_uint32(key)
+    data = ctypes.create_string_buffer(value, len(value))
+    _bpf(_MAP_UPDATE_ELEM, _attr(_LOOKUP.pack(fd, 0, ctypes.addressof(index), ctypes.addressof(data), 0)))
+
+
+def map_delete(fd: int, key: int) -> None:
+    """Have nothing under a 32-bit key."""
+    index = ctypes.c_uint32(key)
+    with contextlib.suppress(FileNotFoundError):
+        _bpf(_MAP_DELETE_ELEM, _attr(_LOOKUP.pack(fd, 0, ctypes.addressof(index), 0, 0)))
+
+
+def map_items(fd: int, value_bytes: int, most: int) -> Iterator[Tuple[int, bytes]]:
+    """The 32-bit keys and values of a hash map, at most ``most``. What changes meanwhile may be missed."""
+    key, found = None, ctypes.c_uint32()
+    for _ in range(most):
+        where = 0 if key is None else ctypes.addressof(key)
+        try:
+            _bpf(_MAP_GET_NEXT_KEY, _attr(_LOOKUP.pack(fd, 0, where, ctypes.addressof(found), 0)))
+        except FileNotFoundError:
+            return
+        key = ctypes.c_uint32(found.value)
+        # It may have gone in between.
+        with contextlib.suppress(FileNotFoundError):
+            yield key.value, map_lookup(fd, key.value, value_bytes)
+
+
+def raw_tracepoint_open(prog_fd: int, tracepoint: str) -> int:
+    """Attach a program to a raw tracepoint. The link lives as long as a descriptor or a pin does (5.7)."""
+    name = ctypes.create_string_buffer(tracepoint.encode())
+    return _bpf(_RAW_TRACEPOINT_OPEN, _attr(struct.pack("=QI4x", ctypes.addressof(name), prog_fd)))
+
+
+def raw_tracepoint_info(fd: int) -> Tuple[int, int, str]:
+    """Link type, program id and tracepoint of ``fd``, a link. Ask only of one (see :func:`kind_of`)."""
+    name = ctypes.create_string_buffer(_TRACEPOINT_BYTES)
+    buffer = ctypes.create_string_buffer(_LINK_INFO.size)
+    struct.pack_into("=QI", buffer, 16, ctypes.addressof(name), _TRACEPOINT_BYTES)
+    _info(fd, buffer)
+    kind, _, prog_id = struct.unpack_from("=III", buffer)
+    return kind, prog_id, _text(name.raw)
+
+
 def link_create(prog_fd: int, target_fd: int, attach_type: int) -> int:
     """Attach a program. The link lives as long as a descriptor or a pin does (5.7; iterators 5.8)."""
     return _bpf(_LINK_CREATE, _attr(_FOUR.pack(prog_fd, target_fd, attach_type, 0)))
@@ -188,11 +253,19 @@ class TestRun:
         # In and out may be one buffer: the kernel copies all of it in before the run and out after it (5.10 to 6.18).
         where = ctypes.addressof(view)
         self._view = view
-        self._attr = _attr(_TEST.pack(prog_fd, 0, packet_bytes, packet_bytes, where, where, 0, 0))
+        # Only its beginning, up to the index: the kernel takes the rest for zeros.
+        self._context = ctypes.create_string_buffer(_SKB_IFINDEX_AT + 4)
+        self._attr = _attr(_TEST.pack(prog_fd, 0, packet_bytes, packet_bytes, where, where, 0, 0, 0, 0, 0, 0))
 
-    def run(self) -> int:
-        """The program's return value. Raises OSError, EMSGSIZE if the packet came back with another length."""
+    def run(self, device: int = 0) -> int:
+        """The program's return value. ``device``: index of the one the packet is on, 0 for the loopback (5.9).
+
+        Raises OSError, EMSGSIZE if the packet came back with another length, ENODEV if there is no such device.
+        """
         attr = self._attr
+        struct.pack_into("=I", self._context, _SKB_IFINDEX_AT, device)
+        context = (len(self._context), 0, ctypes.addressof(self._context)) if device else (0, 0, 0)
+        _TEST_CONTEXT.pack_into(attr, _TEST_CONTEXT_AT, *context)
         _TWO.pack_into(attr, 8, self._bytes, self._bytes)
         _bpf(_PROG_TEST_RUN, attr)
         returned, _, size_out = _TEST_RESULT.unpack_from(attr, 4)

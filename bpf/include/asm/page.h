@@ -1,2 +1,2 @@
-/* For the sizes of ring buffers, which the probe does not use. */
+/* For the sizes of ring buffers, which are given in bytes and are multiples of any page size. */
 #define PAGE_SIZE 4096
