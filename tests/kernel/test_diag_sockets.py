@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Iterator, Optional
 
@@ -102,10 +103,12 @@ def test_another_network_namespace_is_not_seen(diag: DiagWitness) -> None:
             assert ask(diag, asked) is None
 
 
-def test_a_socket_bound_to_a_device_is_not_found(diag: DiagWitness) -> None:
-    """A limit that is known, so that the kernel's changing it is noticed: the /proc witness finds such sockets."""
-    with Client(ClientSpec(device="lo")) as client:
-        assert ask(diag, connection(client)) is None
+def test_a_socket_bound_to_a_device_is_found_on_it(diag: DiagWitness) -> None:
+    """The reply says which: that is how two of them are told apart."""
+    with Client(ClientSpec(device="lo", real_uid=UID)) as client:
+        found = diag.find(connection(client), Deadline.after_ms(1000))
+        assert found is not None
+        assert (found.uid, found.inode, found.device) == (UID, client.inode, socket.if_nametoindex("lo"))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adoptd.connections.candidates import CONNECTED_STATES
 from adoptd.connections.diag_codec import (
-    CONNECTED_STATES,
     DiagError,
     DiagSocket,
     decode_reply,

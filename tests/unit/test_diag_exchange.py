@@ -89,7 +89,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def diag(kernel: Kernel, clock: Clock) -> DiagWitness:
-    witness = DiagWitness(kernel.open, clock)
+    witness = DiagWitness(kernel.open, clock, devices=tuple)
     witness.close()
     kernel.real = False
     return witness
@@ -105,7 +105,7 @@ def test_no_module_is_not_no_such_socket(clock: Clock) -> None:
     kernel = Kernel()
     kernel.real = False
     kernel.script = [refusal(errno.ENOENT)]
-    witness = DiagWitness(kernel.open, clock)
+    witness = DiagWitness(kernel.open, clock, devices=tuple)
     with pytest.raises(WitnessUnavailable, match="tcp_diag"):
         ask(witness)
 
@@ -116,7 +116,7 @@ def test_a_wrong_inode_in_the_self_test_is_a_fault(clock: Clock) -> None:
     kernel.real = False
     kernel.script = [found(0, inode=1)]
     with pytest.raises(WitnessUnavailable, match="inode 1 of a socket whose inode is"):
-        ask(DiagWitness(kernel.open, clock))
+        ask(DiagWitness(kernel.open, clock, devices=tuple))
 
 
 def test_a_failed_self_test_is_tried_again_later(clock: Clock) -> None:
@@ -124,7 +124,7 @@ def test_a_failed_self_test_is_tried_again_later(clock: Clock) -> None:
     kernel = Kernel()
     kernel.real = False
     kernel.script = [refusal(errno.ENOENT)]
-    witness = DiagWitness(kernel.open, clock)
+    witness = DiagWitness(kernel.open, clock, devices=tuple)
     witness.close()
     kernel.real = True
     with pytest.raises(WitnessUnavailable):
@@ -141,7 +141,7 @@ def test_no_netlink_at_all_is_unavailable(clock: Clock) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     with pytest.raises(WitnessUnavailable, match="not permitted"):
-        ask(DiagWitness(refuse, clock))
+        ask(DiagWitness(refuse, clock, devices=tuple))
 
 
 def test_an_expired_deadline_asks_nothing(diag: DiagWitness, kernel: Kernel) -> None:

@@ -2,10 +2,10 @@
 
 Owns the ConnectionWitness interface, the Testimony that a hearing ends with, and the rule for when
 witnesses agree. Never decides which job an owner is in and never picks between two answers: a wrong
-owner is worse than none. Called by the callerid stage, from the event loop.
+owner is worse than none. Called by the callerid stage.
 
-Witnesses that answer in microseconds are asked in the event loop, all of them, on every question.
-Those that may block are asked in a bounded pool of threads, when no fast one named an owner or
+Witnesses that answer in microseconds are asked where the caller is, in whichever thread, all of them, on every
+question. Those that may block are asked in a bounded pool of threads, when no fast one named an owner or
 when the caller says that what the fast ones know is not enough to tell the job.
 """
 
@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 import threading
 import time
 from dataclasses import dataclass
 from typing import Callable, Dict, Optional, Protocol, Sequence, Tuple
 
+from adoptd import log
 from adoptd.deadline import Deadline
 from adoptd.model import Ambiguous, Connection, Owner, Witness, WitnessUnavailable
-
-_log = logging.getLogger(__name__)
 
 # A walk through /proc is system calls that hold kernel locks and the interpreter in turns: two at once keep
 # a slow one from delaying everybody, more would only slow each other and the event loop down.
@@ -49,7 +47,7 @@ class ConnectionWitness(Protocol):
 
     @property
     def may_block(self) -> bool:
-        """False: always done in microseconds, asked in the event loop. True: asked in a thread."""
+        """False: done in microseconds, in any thread, by several at once. True: asked in a thread of the pool."""
         ...
 
     def owner_of(self, connection: Connection, deadline: Deadline) -> Optional[Owner]:
@@ -59,6 +57,10 @@ class ConnectionWitness(Protocol):
         more than one owner).
         """
         ...
+
+
+class Disagreement(Ambiguous):
+    """Two witnesses name different users. Says what each named."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,6 @@ class Testimony:
     ambiguous: Tuple[Remark, ...] = ()
     complete: bool = False
 
-    @property
-    def disagreement(self) -> bool:
-        """Whether the witnesses contradict each other, or one of them itself."""
-        return bool(self.ambiguous) or len({owner.uid for owner in self.owners}) > 1
-
     def agreed_owner(self) -> Optional[Owner]:
         """The owner all witnesses agree on, or None if none named one. Raises Ambiguous.
 
@@ -104,13 +101,13 @@ class Testimony:
 def agreed_owner(owners: Sequence[Owner]) -> Owner:
     """The first, most trusted of ``owners`` if all have one uid.
 
-    Raises Ambiguous if they have not, ValueError if there is none.
+    Raises Disagreement if they have not, ValueError if there is none.
     """
     if not owners:
         raise ValueError("no owners to agree")
     if len({owner.uid for owner in owners}) > 1:
         words = ", ".join(f"{owner.witness.value} says uid {owner.uid}" for owner in owners)
-        raise Ambiguous(f"witnesses disagree: {words}")
+        raise Disagreement(f"witnesses disagree: {words}")
     return owners[0]
 
 
@@ -126,7 +123,7 @@ class _Answer:
 
 
 class Witnesses:
-    """All witnesses of this host, in the order of trust. One per agent; used from one event loop."""
+    """All witnesses of this host, in the order of trust. One per agent; what is a coroutine is for one event loop."""
 
     def __init__(
         self,
@@ -142,17 +139,22 @@ class Witnesses:
         self._places = threading.BoundedSemaphore(pending_max)
         # What the log last said of each witness, and when (seconds on the clock).
         self._reported: Dict[Witness, Tuple[Optional[str], float]] = {}
+        self._reporting = threading.Lock()
+
+    def fast_testimony(self, connection: Connection, deadline: Deadline) -> Testimony:
+        """Ask the fast witnesses, here and now, in any thread. Never raises: what went wrong is in the result."""
+        answers: Dict[Witness, _Answer] = {}
+        for witness in self._witnesses:
+            if not witness.may_block:
+                answers[witness.name] = _ask(witness, connection, deadline)
+        return self._testimony(connection, answers)
 
     async def testimony(self, connection: Connection, deadline: Deadline) -> Testimony:
         """Ask the fast witnesses, and the blocking ones if no fast one had anything to say of an owner.
 
         Raises nothing but CancelledError: what went wrong with a witness is in the result.
         """
-        answers: Dict[Witness, _Answer] = {}
-        for witness in self._witnesses:
-            if not witness.may_block:
-                answers[witness.name] = _ask(witness, connection, deadline)
-        heard = self._testimony(connection, answers)
+        heard = self.fast_testimony(connection, deadline)
         if heard.owners or heard.ambiguous:
             return heard
         return await self.slow_testimony(heard, deadline)
@@ -209,15 +211,16 @@ class Witnesses:
 
     def _report(self, witness: Witness, refusal: Optional[str]) -> None:
         """Log that a witness became unavailable, or available again: once, and at most once per QUIET_S."""
-        said, said_at_s = self._reported.get(witness, (None, float("-inf")))
-        now_s = self._clock()
-        if (refusal is None) == (said is None) or now_s - said_at_s < QUIET_S:
-            return
-        self._reported[witness] = (refusal, now_s)
+        with self._reporting:
+            said, said_at_s = self._reported.get(witness, (None, float("-inf")))
+            now_s = self._clock()
+            if (refusal is None) == (said is None) or now_s - said_at_s < QUIET_S:
+                return
+            self._reported[witness] = (refusal, now_s)
         if refusal is None:
-            _log.info("witness %s answers again", witness.value)
+            log.info("witness_answers_again", witness=witness.value)
         else:
-            _log.warning("witness %s is unavailable: %s", witness.value, refusal)
+            log.warning("witness_unavailable", witness=witness.value, error=refusal)
 
 
 def _ask(witness: ConnectionWitness, connection: Connection, deadline: Deadline) -> _Answer:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Optional
 
+from adoptd.connections.candidates import CONNECTED_STATES, all_devices, search
 from adoptd.deadline import Deadline
-from adoptd.model import Connection, Owner, ProbeError, Witness, WitnessUnavailable
+from adoptd.model import Ambiguous, Connection, Owner, ProbeError, Witness, WitnessUnavailable
 from adoptd.probe.pins import OpenProbe
-from adoptd.probe.record import TCP_SYN_SENT, Answer
+from adoptd.probe.record import Answer, Outcome
 
 
 class BpfWitness:
@@ -25,25 +26,43 @@ class BpfWitness:
         self._probe = probe
 
     def owner_of(self, connection: Connection, deadline: Deadline) -> Optional[Owner]:
-        """Who called connect(), or None if the probe does not know. Raises WitnessUnavailable.
+        """Who called connect(), or None if the probe does not know. Raises WitnessUnavailable, Ambiguous.
 
         For a connection older than the probe: who held it when the probe was loaded, if that was one
         process; its ``connected_at_ns`` is None.
         """
         try:
-            return _owner(self._probe.ask(connection))
+            found = search(connection, lambda device: _socket(self._probe.ask(connection, device)), all_devices)
         except ProbeError as error:
             raise WitnessUnavailable(f"bpf: {error}") from None
+        if found is None:
+            return None
+        if found.twins:
+            raise Ambiguous(f"{found.twins + 1} sockets are {connection}, in one network namespace")
+        return owner_by_label(found)
+
+    def look_in(self, connection: Connection, netns: int) -> Optional[Answer]:
+        """The connection's socket in another network namespace, if it is bound to no device and its peer answered.
+
+        ``netns``: the id that ours has for it. Raises WitnessUnavailable.
+        """
+        try:
+            found = _socket(self._probe.ask(connection, netns=netns))
+        except ProbeError as error:
+            raise WitnessUnavailable(f"bpf: {error}") from None
+        return found if found is not None and found.state in CONNECTED_STATES else None
 
 
-def _owner(answer: Answer) -> Optional[Owner]:
+def _socket(answer: Answer) -> Optional[Answer]:
+    """The answer if it is about a socket of the connection's 4-tuple, whether or not that has a label."""
+    return answer if answer.outcome in (Outcome.LABELLED, Outcome.UNLABELLED) else None
+
+
+def owner_by_label(answer: Answer) -> Optional[Owner]:
+    """Whom the socket's label names, if it names one process."""
     record = answer.record
-    # Nobody accepts a connection before the client has left SYN_SENT: this socket is not the one asked about, but
-    # one that imitates its addresses, for example bound to another device.
-    if record is None or answer.state == TCP_SYN_SENT:
-        return None
     # Which of several holders connected it cannot be told, and the witnesses below do know who made the socket.
-    if record.shared:
+    if record is None or record.shared:
         return None
     return Owner(
         witness=Witness.BPF,

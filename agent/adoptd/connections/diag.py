@@ -4,8 +4,8 @@ Owns the netlink socket and the self-test that tells "no such socket" from "no t
 dumps the socket table and never believes a reply that it has not compared with the question. Called by
 Witnesses in the event loop (10 to 20 microseconds), and by the proc witness in a thread for the inode.
 
-Sees its own network namespace only, and no socket bound to a device. It cannot tell which of two local
-sockets called connect(): the caller must ask with the connecting end as the source.
+Sees its own network namespace only. It cannot tell which of two local sockets called connect(): the caller must
+ask with the connecting end as the source.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import socket
 import struct
 import threading
 import time
-from typing import Callable, Optional, Protocol, Tuple, Union
+from typing import Callable, Optional, Protocol, Sequence, Tuple, Union
 
+from adoptd.connections.candidates import NO_DEVICE, all_devices, search
 from adoptd.connections.diag_codec import DiagError, DiagSocket, decode_reply, encode_question
 from adoptd.deadline import Deadline
 from adoptd.model import Connection, Endpoint, Owner, ProtocolError, Witness, WitnessUnavailable
@@ -74,20 +75,29 @@ class DiagWitness:
     may_block = False
 
     def __init__(
-        self, open_channel: Callable[[], Channel] = open_channel, clock: Callable[[], float] = time.monotonic
+        self,
+        open_channel: Callable[[], Channel] = open_channel,
+        clock: Callable[[], float] = time.monotonic,
+        devices: Callable[[], Sequence[int]] = all_devices,
+        tested: bool = True,
     ) -> None:
-        """Runs the self-test; if that fails, says so on every question until a later one succeeds."""
+        """Runs the self-test; if that fails, says so on every question until a later one succeeds.
+
+        Not ``tested``: in a network namespace that is not ours to make connections in.
+        """
         self._open_channel = open_channel
         self._clock = clock
+        self._devices = devices
         self._lock = threading.Lock()
         self._channel: Optional[Channel] = None
         self._sequence = 0
         self._fault: Optional[str] = None
         self._tested_at_s = 0.0
-        self.self_test()
+        if tested:
+            self.self_test()
 
     def owner_of(self, connection: Connection, deadline: Deadline) -> Optional[Owner]:
-        """The owner of the socket at the source's end, or None. Raises WitnessUnavailable."""
+        """The owner of the socket at the source's end, or None. Raises WitnessUnavailable, Ambiguous."""
         found = self.find(connection, deadline)
         if found is None or found.uid is None:
             return None
@@ -96,7 +106,7 @@ class DiagWitness:
     def find(self, connection: Connection, deadline: Deadline) -> Optional[DiagSocket]:
         """The socket at the source's end, or None: not here, not connected, or held by no process any more.
 
-        Raises WitnessUnavailable.
+        Raises WitnessUnavailable, and Ambiguous if several could be it.
         """
         if self._fault is not None and self._clock() - self._tested_at_s >= _RETRY_S:
             self.self_test()
@@ -104,7 +114,7 @@ class DiagWitness:
             raise WitnessUnavailable(self._fault)
         if deadline.expired:
             raise WitnessUnavailable(f"no time left to ask sock_diag about {connection}")
-        return self._look_up(connection)
+        return search(connection, lambda device: self._look_up(connection, device), self._devices)
 
     def self_test(self) -> Optional[str]:
         """Look up a connection made for this on loopback. None: found, else what is wrong.
@@ -140,9 +150,9 @@ class DiagWitness:
                 return f"sock_diag says inode {found.inode} of a socket whose inode is {inode}"
             return None
 
-    def _look_up(self, connection: Connection) -> Optional[DiagSocket]:
+    def _look_up(self, connection: Connection, device: int = NO_DEVICE) -> Optional[DiagSocket]:
         with self._lock:
-            reply = self._exchange(connection)
+            reply = self._exchange(connection, device)
         if isinstance(reply, DiagError):
             if reply.errno == errno.ENOENT:
                 return None
@@ -150,22 +160,22 @@ class DiagWitness:
         # The kernel falls back to a listener on the source's port, and shows connections in TIME_WAIT.
         return reply if reply.is_source_of(connection) else None
 
-    def _exchange(self, connection: Connection) -> Union[DiagSocket, DiagError]:
+    def _exchange(self, connection: Connection, device: int) -> Union[DiagSocket, DiagError]:
         """Ask, and on any trouble ask once more on a fresh socket, where no stale reply can be waiting."""
         trouble: Optional[Exception] = None
         for _ in range(2):
             try:
-                return self._ask(connection)
+                return self._ask(connection, device)
             except (OSError, ProtocolError) as error:
                 self._drop_channel()
                 trouble = error
         raise WitnessUnavailable(f"sock_diag does not answer: {trouble}") from trouble
 
-    def _ask(self, connection: Connection) -> Union[DiagSocket, DiagError]:
+    def _ask(self, connection: Connection, device: int) -> Union[DiagSocket, DiagError]:
         if self._channel is None:
             self._channel = self._open_channel()
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        self._channel.send(encode_question(connection, self._sequence))
+        self._channel.send(encode_question(connection, self._sequence, device))
         for _ in range(_STRANGERS_MAX):
             data, (sender, _groups) = self._channel.recvfrom(_REPLY_BYTES_MAX)
             if sender == _KERNEL:
@@ -176,6 +186,18 @@ class DiagWitness:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+
+def find_here(connection: Connection) -> Optional[DiagSocket]:
+    """The connection's socket in the calling thread's network namespace, if it is bound to no device.
+
+    Whether sock_diag works at all is not tried. Raises WitnessUnavailable.
+    """
+    witness = DiagWitness(tested=False)
+    try:
+        return witness._look_up(connection)
+    finally:
+        witness.close()
 
 
 def _endpoint(name: Tuple[str, int]) -> Endpoint:

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import Optional, Union
 
+from adoptd.connections.candidates import CONNECTED_STATES
 from adoptd.model import UID_MAX, Connection, ProtocolError
 
 _SOCK_DIAG_BY_FAMILY = 20  # include/uapi/linux/sock_diag.h
@@ -35,11 +36,6 @@ _ERROR = struct.Struct("=i")  # struct nlmsgerr up to the message it answers
 _MESSAGE_BYTES = _MESSAGE.size + _SOCKET_ID.size + _MESSAGE_TAIL.size
 _MAPPED_PREFIX = b"\0" * 10 + b"\xff\xff"  # RFC 4291, 2.5.5.2
 
-# States (include/net/tcp_states.h) of a connection that was established: ESTABLISHED, FIN_WAIT1, FIN_WAIT2,
-# CLOSE_WAIT, LAST_ACK, CLOSING. A server that accepted us cannot be facing a SYN_SENT, a request or a listener,
-# and TIME_WAIT has no owner any more.
-CONNECTED_STATES = frozenset({1, 4, 5, 8, 9, 11})
-
 
 @dataclass(frozen=True)
 class DiagSocket:
@@ -47,7 +43,7 @@ class DiagSocket:
 
     ``uid`` (creator's fsuid, or who it was fchown()ed to) and ``inode`` are None where no process holds it
     any more: the kernel reports 0 for both then. ``cgroup_id``: cgroup-v2 id of the task that called socket();
-    None before Linux 5.8.
+    None before Linux 5.8. ``device``: index of the network device that it is bound to, None if to none.
     """
 
     family: int
@@ -59,6 +55,7 @@ class DiagSocket:
     uid: Optional[int]
     inode: Optional[int]
     cgroup_id: Optional[int]
+    device: Optional[int] = None
 
     def is_source_of(self, connection: Connection) -> bool:
         """Whether this is the source's socket of exactly that connection, connected and held by somebody."""
@@ -79,8 +76,8 @@ class DiagError:
     errno: int
 
 
-def encode_question(connection: Connection, sequence: int) -> bytes:
-    """The netlink message that asks for the source's socket.
+def encode_question(connection: Connection, sequence: int, device: int = 0) -> bytes:
+    """The netlink message that asks for the source's socket, bound to no device or to the one with this index.
 
     An AF_INET question finds AF_INET6 sockets that hold the mapped addresses too (Linux 6.18, measured).
     """
@@ -91,7 +88,7 @@ def encode_question(connection: Connection, sequence: int) -> bytes:
         destination.port.to_bytes(2, "big"),
         source.address.packed,
         destination.address.packed,
-        0,
+        device,
         _INET_DIAG_NOCOOKIE,
         _INET_DIAG_NOCOOKIE,
     )
@@ -130,7 +127,7 @@ def _decode_socket(data: bytes) -> DiagSocket:
         raise ProtocolError(f"sock_diag reply of {len(data)} bytes is shorter than a socket")
     family, state, _, _ = _MESSAGE.unpack_from(data, at)
     at += _MESSAGE.size
-    local_port, remote_port, local, remote, _, _, _ = _SOCKET_ID.unpack_from(data, at)
+    local_port, remote_port, local, remote, device, _, _ = _SOCKET_ID.unpack_from(data, at)
     at += _SOCKET_ID.size
     _, _, _, uid, inode = _MESSAGE_TAIL.unpack_from(data, at)
     if uid > UID_MAX:
@@ -145,6 +142,7 @@ def _decode_socket(data: bytes) -> DiagSocket:
         uid=uid if inode else None,
         inode=inode or None,
         cgroup_id=_cgroup_id(data, at + _MESSAGE_TAIL.size),
+        device=device or None,
     )
 
 

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Protocol, Set
 
+from adoptd.connections.candidates import the_one
 from adoptd.connections.diag_codec import DiagSocket
 from adoptd.connections.proc_net import SocketRow, rows_of
 from adoptd.deadline import Deadline
 from adoptd.model import Ambiguous, Connection, Owner, Witness, WitnessUnavailable
+from adoptd.process import parse_stat
 
 # status, stat and cgroup of a process are a page or two; 65,536 groups in status (NGROUPS_MAX) are 700 KB.
 _FILE_BYTES_MAX = 1 << 20
@@ -29,8 +31,6 @@ _FILE_BYTES_MAX = 1 << 20
 _HOLDERS_MAX = 256
 # What the kernel says when a process is gone, or goes while its files are being read.
 _GONE = frozenset({errno.ENOENT, errno.ESRCH})
-# The start time's place after the ")" that ends comm in /proc/PID/stat: field 22 of proc(5), where 3 comes first.
-_START_TIME_AT = 22 - 3
 
 
 class SocketFinder(Protocol):
@@ -94,11 +94,8 @@ class ProcWitness:
             with contextlib.suppress(WitnessUnavailable):
                 found = self._sockets.find(connection, deadline)
                 if found is not None and found.uid is not None and found.inode is not None:
-                    return SocketRow(found.uid, found.inode)
-        rows = rows_of(self._root, connection, deadline)
-        if len(rows) > 1:
-            raise Ambiguous(f"{len(rows)} sockets are {connection}")
-        return rows[0] if rows else None
+                    return SocketRow(found.uid, found.inode, found.state, found.device)
+        return the_one(connection, rows_of(self._root, connection, deadline))
 
     def _holders(self, row: SocketRow, deadline: Deadline) -> Iterator[_Holder]:
         looked_at = 0
@@ -224,10 +221,9 @@ def _uids(status: Dict[bytes, bytes]) -> Set[int]:
 
 def _started_ticks(text: bytes) -> int:
     try:
-        # comm may hold blanks and parentheses of its own: only the last one ends it.
-        return int(text.rpartition(b")")[2].split()[_START_TIME_AT])
-    except (IndexError, ValueError):
-        raise WitnessUnavailable(f"a process's stat has an unknown format: {text[:200]!r}") from None
+        return parse_stat(text).start_ticks
+    except ValueError as error:
+        raise WitnessUnavailable(str(error)) from None
 
 
 def _read(directory: int, name: str) -> bytes:

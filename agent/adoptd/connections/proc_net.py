@@ -9,9 +9,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Iterator, Set, Tuple
+from typing import BinaryIO, Iterator, Optional, Set, Tuple
 
-from adoptd.connections.diag_codec import CONNECTED_STATES
+from adoptd.connections.candidates import CONNECTED_STATES
 from adoptd.deadline import Deadline
 from adoptd.model import Connection, Endpoint, WitnessUnavailable
 
@@ -24,10 +24,15 @@ _STATE_COLUMN, _UID_COLUMN, _INODE_COLUMN = 3, 7, 9
 
 @dataclass(frozen=True)
 class SocketRow:
-    """A connected socket: its creator's uid (fsuid, or who it was fchown()ed to) and its inode in sockfs."""
+    """A connected socket: its creator's uid (fsuid, or who it was fchown()ed to) and its inode in sockfs.
+
+    ``state``: its TCP state. ``device``: None, since the table does not say what it is bound to.
+    """
 
     uid: int
     inode: int
+    state: int
+    device: Optional[int] = None
 
 
 def rows_of(proc_root: Path, connection: Connection, deadline: Deadline) -> Tuple[SocketRow, ...]:
@@ -94,4 +99,4 @@ def _parse(row: bytes, path: Path) -> Iterator[SocketRow]:
     except (IndexError, ValueError):
         raise WitnessUnavailable(f"{path} has a row of an unknown format: {row[:200]!r}") from None
     if state in CONNECTED_STATES and inode != 0:
-        yield SocketRow(uid, inode)
+        yield SocketRow(uid, inode, state)
