@@ -16,6 +16,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
+#include <syslog.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -87,6 +88,8 @@ int main(int argc, char **argv)
 	}
 	if (inet_pton(AF_INET, argv[4], &address.sin_addr) != 1)
 		fail(argv[4]);
+	/* As sshd does: the process is told by its lines in the log. */
+	openlog("account", LOG_PID, LOG_AUTHPRIV);
 	listener = socket(AF_INET, SOCK_STREAM, 0);
 	if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof(address)) != 0 ||
 	    listen(listener, 1) != 0 || getsockname(listener, (struct sockaddr *)&address, &size) != 0)

@@ -22,7 +22,8 @@ from adoptd.jobs import CgroupFinding, CgroupVerdict
 from adoptd.metrics import Door, Metrics, Refusal
 from adoptd.model import Owner, Witness
 from adoptd.seal.replay import ReplayCache
-from adoptd.server import Conversation, Doorkeeper, bind_tcp
+from adoptd.server import Conversation, Doorkeeper
+from adoptd.sockets import bind_tcp
 from adoptd.wire.callerid import Outcome, Question, encode_question
 from adoptd.workers import OutOfTime, Turns, Workers
 
@@ -39,13 +40,6 @@ def question(number: int, sealer: int, uid: int, known: bool = False) -> bytes:
     return b"FAKE %d " % sealer + encode_question(asked)
 
 
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    event = threading.Event()
-    yield event
-    event.set()
-
-
 @contextlib.contextmanager
 def source_node(slow: threading.Event, replays: int = 1000) -> Iterator[Responder]:
     """A node that knows alice's connection at once, and needs ``slow`` to be set to say that it knows no other."""
@@ -56,7 +50,7 @@ def source_node(slow: threading.Event, replays: int = 1000) -> Iterator[Responde
     workers = Workers("jobs", 4, 4096)
     try:
         seals = SealRoom(FakeSeal(), workers)
-        yield Responder(Inquiry(witnesses, backend, workers), seals, ReplayCache(replays, time.time), ttl_s=10)
+        yield Responder(Inquiry(witnesses, backend, workers), seals, ReplayCache(replays, time.time), 10, workers)
     finally:
         slow.set()
         workers.close()
@@ -126,8 +120,8 @@ def test_a_turn_is_not_waited_for_past_the_deadline_and_is_given_back() -> None:
             with pytest.raises(ZeroDivisionError):
                 async with turns.taken(BOB, Deadline.after_ms(1000)):
                     raise ZeroDivisionError
-        assert not turns._each
-        assert not turns._users
+        assert not turns._held
+        assert not turns._waiting
 
     asyncio.run(main())
 
@@ -170,3 +164,31 @@ def test_nonsense_by_the_thousand_is_counted_and_not_all_said(
             await door.close(1.0)
 
     asyncio.run(main())
+
+
+def test_the_loopback_s_addresses_have_one_share_together() -> None:
+    """A user of the node has sixteen million of them, each of which would be a peer with a share of its own."""
+
+    async def story() -> None:
+        peers: List[str] = []
+
+        async def listen(conversation: Conversation) -> None:
+            peers.append(conversation.peer)
+            await conversation.read_exactly(1)
+
+        metrics = Metrics()
+        door = Doorkeeper(Door.PEER, bind_tcp(["127.0.0.1"], 0), listen, metrics, 30.0, 100, 3)
+        address = door._sockets[0].getsockname()
+        door.open()
+        clients = []
+        try:
+            for number in range(1, 9):
+                clients.append(socket.create_connection(address, timeout=5, source_address=(f"127.0.{number}.1", 0)))
+            await until(lambda: sample(metrics, "adoptd_messages_refused_total", socket="peer", reason="too_many") == 5)
+            assert set(peers) <= {"127.0.0.1"}
+        finally:
+            for client in clients:
+                client.close()
+            await door.close(5.0)
+
+    asyncio.run(story())

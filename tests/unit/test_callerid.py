@@ -16,13 +16,25 @@ from typing import AsyncIterator, Awaitable, Callable, Dict, Iterator, List, Opt
 import pytest
 from fakes import ALICE, BOB, HERE, FakeBackend, FakeSeal, FakeWitness, connection, job, sample, soon
 
-from adoptd.callerid import Asker, AskFault, Inquiry, Refused, Responder, SealRoom, Settled, Told
+from adoptd.callerid import (
+    OPENED_AT_ONCE,
+    OPENED_AT_ONCE_OF_ONE,
+    SETTLED_AT_ONCE_OF_ONE,
+    Asker,
+    AskFault,
+    Inquiry,
+    Refused,
+    Responder,
+    SealRoom,
+    Settled,
+    Told,
+)
 from adoptd.connections import Witnesses
 from adoptd.deadline import Deadline
 from adoptd.jobs import CgroupFinding, CgroupVerdict
 from adoptd.metrics import Metrics, Refusal
 from adoptd.model import Ambiguous, Connection, JobManagerError, Owner, Witness, WitnessUnavailable
-from adoptd.seal import SealFault
+from adoptd.seal import SealError, SealFault
 from adoptd.seal.key import KeySeal
 from adoptd.seal.replay import ReplayCache
 from adoptd.slurm_callerid import SlurmdFault
@@ -77,7 +89,7 @@ class Node:
         self.seal = FakeSeal() if seal is None else seal
         self.inquiry = Inquiry(self.witnesses, self.backend, self.workers)
         rooms = SealRoom(self.seal, self.workers)  # type: ignore[arg-type]
-        self.responder = Responder(self.inquiry, rooms, ReplayCache(100, time.time), ttl_s=10)
+        self.responder = Responder(self.inquiry, rooms, ReplayCache(100, time.time), 10, self.workers)
 
     def settle(self, login_uid: Optional[int] = ALICE, ms: float = 2000.0) -> Settled:
         return asyncio.run(self.inquiry.settle(ENDS, login_uid, Deadline.after_ms(ms)))
@@ -101,14 +113,6 @@ def node() -> Iterator[Callable[..., Node]]:
             return made
 
         yield make
-
-
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    """What hanging fakes wait for; opened at the end of every test."""
-    event = threading.Event()
-    yield event
-    event.set()
 
 
 def bpf(found: Optional[Owner] = None) -> FakeWitness:
@@ -265,11 +269,11 @@ def test_another_user_s_is_not_told(node: NodeMaker, login: int, of_process: int
 # ---- the inquiry: what is not believed
 
 
-def test_witnesses_that_disagree_about_the_user_are_ambiguous(node: NodeMaker) -> None:
-    """Neither is picked."""
+def test_witnesses_that_disagree_about_the_user(node: NodeMaker) -> None:
+    """Neither is picked, it is counted apart from other doubts, and what is logged names both."""
     there = node(bpf(owner(ALICE)), FakeWitness(Witness.DIAG, {ENDS: owner(BOB, Witness.DIAG)}))
     settled = there.settle()
-    assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.AMBIGUOUS)
+    assert (settled.outcome, settled.reason) == (Outcome.UNKNOWN, Reason.DISAGREEMENT)
     assert "bpf says uid 1001, diag says uid 1002" in settled.detail
 
 
@@ -384,7 +388,7 @@ def test_an_owner_of_whom_nothing_more_is_known(node: NodeMaker) -> None:
 def test_a_slow_witness_may_contradict_a_fast_one(node: NodeMaker) -> None:
     """Asked because the fast one could not tell the job, it is heard about the user as well."""
     slow = FakeWitness(Witness.PROC, {ENDS: owner(BOB, Witness.PROC)}, may_block=True)
-    assert node(bpf(owner(cgroup=None)), slow).settle().reason is Reason.AMBIGUOUS
+    assert node(bpf(owner(cgroup=None)), slow).settle().reason is Reason.DISAGREEMENT
 
 
 # ---- what is told
@@ -508,6 +512,18 @@ def test_a_hint_is_not_told_where_it_is_switched_off(key: KeySeal) -> None:
     assert told == Told(Outcome.NO_JOB, "owner", witness=Witness.HINT, hint="17")
     labels = {"outcome": "no_job", "reason": "owner", "witness": "hint"}
     assert sample(metrics, "adoptd_callerid_asked_total", **labels) == 1
+
+
+def test_an_owner_whose_cgroup_is_no_more_is_said_to_have_moved(node: NodeMaker) -> None:
+    """A cgroup with a process in it cannot be removed: who connected from it was moved, to wherever it is now."""
+    there = node(bpf(owner(pid=os.getpid(), connected=boottime_ns())))
+    there.backend.of_cgroup[CGROUP] = CgroupVerdict(CgroupFinding.GONE, "removed")
+    there.backend.of_process[os.getpid()] = JOB_A
+    settled = there.settle()
+    assert (settled.outcome, settled.job, settled.moved) == (Outcome.JOB, JOB_A, True)
+    there.backend.of_cgroup[CGROUP] = CgroupVerdict(CgroupFinding.CANNOT_TELL, "version 1")
+    settled = there.settle()
+    assert (settled.job, settled.moved) == (JOB_A, False)
 
 
 def test_an_owner_that_has_left_the_job_is_said_to_have_moved(node: NodeMaker) -> None:
@@ -694,6 +710,36 @@ def test_a_peer_that_closes(key: KeySeal, sent: bytes) -> None:
     faulty(AskFault.CLOSED, close, key)
 
 
+@pytest.mark.parametrize("sent", [b"", b"\0"], ids=["without a byte", "after a byte"])
+def test_a_peer_that_hangs_up_without_a_byte_is_asked_once_more(key: KeySeal, sent: bytes) -> None:
+    """It was killed, and the next one answers; with a question of its own, which is none that was seen before."""
+    asked: List[Question] = []
+
+    async def hang_up_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(decode_question(key.open(await heard(reader)).payload))
+        writer.write(sent if len(asked) == 1 else frame.encode_frame(key.seal(right(asked[1]), 0), 4096))
+
+    told, metrics, _ = ask(hang_up_once, key)
+    if sent:
+        assert (told.reason, len(asked)) == ("closed", 1)
+    else:
+        assert told == Told(Outcome.JOB, "owner", "17", Witness.BPF)
+        assert len({question.nonce for question in asked}) == 2
+    assert sample(metrics, "adoptd_callerid_asked_duration_seconds_count") == 1
+
+
+def test_a_peer_that_always_hangs_up_is_asked_twice_and_no_more(key: KeySeal) -> None:
+    """It refuses us: that is its word."""
+    count = [0]
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await heard(reader)
+        count[0] += 1
+
+    faulty(AskFault.CLOSED, hang_up, key)
+    assert count == [2]
+
+
 @pytest.mark.parametrize("sent", [b"\xff\xff\xff\xff", b"\0\0\x10\x01" + b"x" * 4097, b"\0\0\0\0", b"HTTP/1.1 400 Bad"])
 def test_a_frame_out_of_bounds(key: KeySeal, sent: bytes) -> None:
     """Refused on its length alone, without waiting for the rest."""
@@ -868,3 +914,130 @@ def test_the_reasons_are_one_closed_set() -> None:
     values = [each.value for kind in (AskFault, SlurmdFault, Reason) for each in kind]
     assert len(values) == len(set(values))
     assert {fault.value for fault in SealFault} <= {refusal.value for refusal in Refusal}
+
+
+# ---- answers in several threads at once
+
+
+class SlowMemory(ReplayCache):
+    """A replay cache in which a look takes long enough for others to look as well."""
+
+    def __contains__(self, nonce: str) -> bool:
+        found = super().__contains__(nonce)
+        time.sleep(0.005)
+        return found
+
+
+def test_one_nonce_in_many_threads_is_answered_once(node: NodeMaker) -> None:
+    """Also where root has sealed it and an ordinary user has: there are two memories, and one question."""
+    for turn in range(5):
+        there = node(bpf())
+        there.responder._replays = SlowMemory(100, time.time)
+        there.responder._users_replays = SlowMemory(100, time.time)
+        payload = question(nonce=f"{turn:032x}")
+        sealed = [sealed_by(uid, payload) for uid in (0, ALICE, 0, ALICE)]
+        started = threading.Barrier(len(sealed))
+        open_seal = there.seal.open  # type: ignore[attr-defined]
+
+        def together(data: bytes, open_seal: Callable[[bytes], object] = open_seal) -> object:
+            opened = open_seal(data)
+            started.wait(5)  # noqa: B023
+            return opened
+
+        there.seal.open = together  # type: ignore[attr-defined]
+
+        async def story(there: Node = there, sealed: List[bytes] = sealed) -> List[object]:
+            answers = (there.responder.answer(each, HERE, soon()) for each in sealed)
+            return list(await asyncio.gather(*answers, return_exceptions=True))
+
+        told = asyncio.run(story())
+        refused = [each.reason for each in told if isinstance(each, Refused)]
+        assert refused == [Refusal.REPLAYED] * 3, told
+
+
+def test_one_token_in_many_threads_is_opened_once(key: KeySeal) -> None:
+    """The seal's own memory, under a real scheme."""
+    for _ in range(20):
+        sealed = key.seal(b"once")
+        started = threading.Barrier(4)
+        outcomes: List[str] = []
+
+        def open_it(sealed: bytes = sealed, started: threading.Barrier = started) -> None:
+            started.wait(5)
+            try:
+                outcomes.append(key.open(sealed).payload.decode())  # noqa: B023
+            except SealError as error:
+                outcomes.append(error.fault.value)  # noqa: B023
+
+        threads = [threading.Thread(target=open_it) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert sorted(outcomes) == ["once", "replayed", "replayed", "replayed"]
+
+
+def test_a_seal_that_opens_too_late_costs_no_look(node: NodeMaker, gate: threading.Event) -> None:
+    """The asker has gone when munged comes back: the thread goes no further, and nothing is looked up or sealed."""
+    seal, witness = FakeSeal(may_block=True), bpf()
+    seal.hang = gate
+    there = node(witness, seal=seal)
+
+    async def story() -> None:
+        with pytest.raises(Refused):
+            await there.responder.answer(sealed_by(0, question()), HERE, Deadline.after_ms(30))
+        gate.set()
+        while there.workers.pending:
+            await asyncio.sleep(0.002)
+
+    asyncio.run(story())
+    assert (witness.asked, seal.sealed_for) == ([], [])
+
+
+def test_seals_of_one_peer_leave_threads_for_the_others(gate: threading.Event) -> None:
+    """Twice as many as there are threads, all stuck in the scheme; another peer's question is answered meanwhile."""
+    seal = FakeSeal(may_block=True)
+    open_seal = seal.open
+    seal.open = lambda sealed: (b"stuck" in sealed and gate.wait(10), open_seal(sealed))[1]  # type: ignore[method-assign]
+    backend = FakeBackend(JOB_A)
+    backend.of_cgroup[CGROUP] = in_job(JOB_A)
+    witnesses, workers = Witnesses([bpf()]), Workers("answers", OPENED_AT_ONCE, 1024)
+    inquiry = Inquiry(witnesses, backend, workers)
+    responder = Responder(inquiry, SealRoom(seal, workers), ReplayCache(100, time.time), 10, workers)
+
+    async def story() -> None:
+        flood = [
+            asyncio.create_task(responder.answer(b"FAKE 0 stuck", HERE, soon(8000), "10.0.0.66"))
+            for _ in range(2 * OPENED_AT_ONCE)
+        ]
+        while workers.pending < OPENED_AT_ONCE_OF_ONE:
+            await asyncio.sleep(0.002)
+        _, settled = await responder.answer(sealed_by(0, question()), HERE, soon(4000), "10.0.0.1")
+        assert settled.outcome is Outcome.JOB
+        assert workers.pending == OPENED_AT_ONCE_OF_ONE
+        gate.set()
+        ended = await asyncio.gather(*flood, return_exceptions=True)
+        assert {each.reason for each in ended if isinstance(each, Refused)} == {Refusal.MALFORMED}
+
+    with contextlib.closing(witnesses), contextlib.closing(workers):
+        asyncio.run(story())
+
+
+def test_a_question_whose_turn_it_is_not_is_answered_later(node: NodeMaker, gate: threading.Event) -> None:
+    """More at once about one login than may be looked for: the rest wait without a thread, and all are answered."""
+    there = node(bpf())
+    there.backend.hang = gate
+
+    async def story() -> None:
+        asked = [
+            asyncio.create_task(
+                there.responder.answer(sealed_by(0, question(nonce=f"{n:032x}")), HERE, soon(8000), f"10.0.0.{n}")
+            )
+            for n in range(3 * SETTLED_AT_ONCE_OF_ONE)
+        ]
+        await asyncio.sleep(0.1)
+        gate.set()
+        for _, settled in await asyncio.gather(*asked):
+            assert settled.job == JOB_A
+
+    asyncio.run(story())

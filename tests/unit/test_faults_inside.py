@@ -18,7 +18,8 @@ from adoptd.connections import Witnesses
 from adoptd.jobs import CgroupFinding, CgroupVerdict
 from adoptd.metrics import Door, Metrics
 from adoptd.model import Owner, Witness
-from adoptd.server import Conversation, Doorkeeper, bind_unix
+from adoptd.server import Conversation, Doorkeeper
+from adoptd.sockets import bind_unix
 from adoptd.wire.callerid import Outcome
 from adoptd.workers import Workers
 
@@ -50,7 +51,7 @@ def test_two_witnesses_that_name_one_cgroup_cost_one_look(monkeypatch: pytest.Mo
     backend.of_cgroup[1] = CgroupVerdict(CgroupFinding.JOB, "test", job("17"))
     asked: List[int] = []
     verdict_of = backend.job_of_cgroup
-    monkeypatch.setattr(backend, "job_of_cgroup", lambda number: asked.append(number) or verdict_of(number))
+    monkeypatch.setattr(backend, "job_of_cgroup", lambda number, pid: asked.append(number) or verdict_of(number))
     ends = connection()
     witnesses = Witnesses(
         [FakeWitness(name, {ends: Owner(name, ALICE, cgroup_id=1)}) for name in (Witness.BPF, Witness.DIAG)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adoptd.seal.replay import Admission, ReplayCache
+from adoptd.seal.replay import Admission, ReplayCache, capacity_for
 
 
 class Clock:
@@ -111,3 +111,24 @@ def test_a_capacity_of_nothing_is_refused() -> None:
     """A cache that could admit nothing is a mistake of its maker."""
     with pytest.raises(ValueError, match="capacity 0"):
         ReplayCache(0, Clock())
+
+
+def test_the_room_grows_with_the_life_of_a_seal_and_is_bounded() -> None:
+    """Sized for the default alone, a longer life would have honest questions refused."""
+    lives = [2 * ttl_s for ttl_s in (1, 10, 20, 60, 300, 3600)]
+    rooms = [capacity_for(life_s) for life_s in lives]
+    assert rooms == sorted(rooms)
+    assert rooms[:2] == [65_536, 65_540]
+    assert rooms[2] == 2 * rooms[1]
+    assert rooms[-1] == rooms[-2] == 524_288
+
+
+def test_more_room_is_made_and_less_forgets_nothing() -> None:
+    """A reload may change how long a seal lives."""
+    cache = ReplayCache(1, lambda: 100.0)
+    assert cache.offer("a", 200.0) is Admission.NEW
+    assert cache.offer("b", 200.0) is Admission.FULL
+    cache.make_room(2)
+    assert cache.offer("b", 200.0) is Admission.NEW
+    cache.make_room(1)
+    assert [cache.offer(nonce, 200.0) for nonce in ("a", "b", "c")] == [Admission.SEEN, Admission.SEEN, Admission.FULL]

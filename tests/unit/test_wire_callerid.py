@@ -42,9 +42,10 @@ ANSWER: Dict[str, object] = {
     "witness": "bpf",
     "moved": False,
     "hint": None,
+    "cluster": "one",
 }
 
-NO_JOB: Dict[str, object] = {**ANSWER, "outcome": "no_job", "job": None, "witness": None}
+NO_JOB: Dict[str, object] = {**ANSWER, "outcome": "no_job", "job": None, "witness": None, "cluster": None}
 
 Message = Union[Question, Answer]
 
@@ -75,6 +76,7 @@ BAD_ANSWER = {
     "witness": ("BPF", "nobody", "slurmd", "hint", None, *NEVER),
     "moved": (0, 1, None, "false", 1.5, [], {}, ""),
     "hint": ("17", 17, "../x", *NEVER),
+    "cluster": (17, "../x", "a b", "x" * 64, *NEVER),
 }
 
 
@@ -163,7 +165,7 @@ def test_the_layout_of_both() -> None:
     ends = Connection(Endpoint.parse("10.0.0.1:40000"), Endpoint.parse("10.0.0.2:22"))
     here = ipaddress.ip_address("10.0.0.1")
     assert json.loads(wire.encode_question(Question(NONCE, here, ends, 1001))) == QUESTION
-    told = Answer(NONCE, here, ends, Outcome.JOB, Reason.OWNER, "17", Witness.BPF)
+    told = Answer(NONCE, here, ends, Outcome.JOB, Reason.OWNER, "17", Witness.BPF, cluster="one")
     assert json.loads(wire.encode_answer(told)) == ANSWER
 
 
@@ -171,7 +173,9 @@ def test_the_longest_messages_fit_a_seal() -> None:
     """Spelled-out IPv6 and a 63-byte job id stay under the payload's bound."""
     long = ipaddress.ip_address("fd00:1111:2222:3333:4444:5555:6666:7777")
     ends = Connection(Endpoint(long, 65535), Endpoint(long, 65535))
-    told = Answer(NONCE, long, ends, Outcome.JOB, Reason.JOB_NOT_TOLD, "x" * 63, Witness.CONNTRACK, True)
+    told = Answer(
+        NONCE, long, ends, Outcome.JOB, Reason.JOB_NOT_TOLD, "x" * 63, Witness.CONNTRACK, True, cluster="x" * 63
+    )
     assert len(wire.encode_answer(told)) < 512
     assert len(wire.encode_question(Question(NONCE, long, ends, UID_MAX))) < 512
 

@@ -5,14 +5,27 @@ The two sides of one question, which share nothing but the wire and the seal.
 
 from __future__ import annotations
 
-from adoptd.callerid.answering import SETTLED_AT_ONCE, SETTLED_AT_ONCE_OF_ONE, Inquiry, Responder, Settled
+from adoptd.callerid.answering import (
+    OPENED_AT_ONCE,
+    OPENED_AT_ONCE_OF_ONE,
+    SETTLED_AT_ONCE,
+    SETTLED_AT_ONCE_OF_ONE,
+    AnswerStage,
+    Inquiry,
+    Responder,
+    Settled,
+)
 from adoptd.callerid.asking import Asker, AskFault, Told
 from adoptd.callerid.sealing import AGENT_UID, Refused, SealRoom
+from adoptd.callerid.unheard import Unheard
 
 __all__ = [
     "AGENT_UID",
+    "OPENED_AT_ONCE",
+    "OPENED_AT_ONCE_OF_ONE",
     "SETTLED_AT_ONCE",
     "SETTLED_AT_ONCE_OF_ONE",
+    "AnswerStage",
     "AskFault",
     "Asker",
     "Inquiry",
@@ -21,4 +34,5 @@ __all__ = [
     "SealRoom",
     "Settled",
     "Told",
+    "Unheard",
 ]

@@ -6,14 +6,16 @@ of the login. Called by adoption and by ``adoptctl whois --at``.
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import secrets
+import socket
 import time
 from dataclasses import dataclass
-from typing import FrozenSet, Optional
+from typing import FrozenSet, Optional, Tuple, Union
 
 from adoptd.callerid.sealing import AGENT_UID, SealRoom
+from adoptd.callerid.unheard import Unheard
+from adoptd.connections.links import is_link_local, scope_of
 from adoptd.deadline import Deadline
 from adoptd.metrics import Metrics
 from adoptd.model import (
@@ -60,7 +62,8 @@ class Told:
     """What came of asking a source node. ``reason`` is a value of Reason, AskFault or SlurmdFault.
 
     ``hint`` goes with NO_JOB and Witness.HINT: a job that the connecting process's environment names. It is the
-    user's own word, good for choosing among the user's own jobs and for nothing else.
+    user's own word, good for choosing among the user's own jobs and for nothing else. ``cluster`` is the one that
+    ``job_id`` is of, where the source node said.
     """
 
     outcome: Outcome
@@ -70,6 +73,7 @@ class Told:
     moved: bool = False
     detail: str = ""
     hint: Optional[str] = None
+    cluster: Optional[str] = None
 
 
 class Asker:
@@ -91,6 +95,8 @@ class Asker:
         self._metrics = metrics
         self._fallback = fallback
         self._hints = hints
+        # Who did not answer when last asked.
+        self.unheard = Unheard(time.monotonic)
 
     async def ask(
         self,
@@ -111,7 +117,10 @@ class Asker:
         deadline = deadline.earlier(self._timeout_ms)
         try:
             told = await self._ask(responder, connection, login_uid, deadline)
+            self.unheard.heard(responder)
         except _NoAnswer as error:
+            if error.fault is not AskFault.SEAL_UNAVAILABLE:
+                self.unheard.note(responder, error.fault.value)
             told = Told(Outcome.UNKNOWN, error.fault.value, detail=str(error))
             # Refused, and nothing else: a host that answers at all, and has nobody on our port, has no agent.
             if error.fault is AskFault.REFUSED and self._fallback is not None and theirs and at is None:
@@ -122,19 +131,39 @@ class Asker:
     async def _ask(
         self, responder: IPAddress, connection: Connection, login_uid: Optional[int], deadline: Deadline
     ) -> Told:
+        try:
+            answer = await self._answered(responder, connection, login_uid, deadline)
+        except _HungUp as hung_up:
+            # An agent that is killed hangs up, and the next is there at once. It is asked with a nonce and a seal of
+            # their own: the one before may have opened the first.
+            try:
+                answer = await self._answered(responder, connection, login_uid, deadline)
+            except _NoAnswer as error:
+                # Nobody there yet is not the same as a host without an agent.
+                raise (hung_up if error.fault is AskFault.REFUSED else error) from None
+        if answer.hint is not None and self._hints:
+            return Told(answer.outcome, answer.reason.value, witness=Witness.HINT, hint=answer.hint)
+        return Told(
+            answer.outcome, answer.reason.value, answer.job_id, answer.witness, answer.moved, cluster=answer.cluster
+        )
+
+    async def _answered(
+        self, responder: IPAddress, connection: Connection, login_uid: Optional[int], deadline: Deadline
+    ) -> Answer:
+        """The answer to one question, which was about it. Raises _NoAnswer."""
         question = Question(
             nonce=secrets.token_hex(16),
             responder=responder,
             connection=connection,
             login_uid=login_uid,
         )
-        sealed = await self._sealed(question, deadline)
-        reply = await self._exchange(question.responder, sealed, deadline)
-        answer = await self._opened(reply, deadline)
+        trip = _Trip(question, self._seals, self._port, deadline)
+        try:
+            answer = await self._seals.run(trip.make, deadline)
+        except (OutOfTime, Overloaded) as error:
+            raise _NoAnswer(trip.waits_for, f"{responder} port {self._port}: {error}") from None
         self._about_our_question(question, answer)
-        if answer.hint is not None and self._hints:
-            return Told(answer.outcome, answer.reason.value, witness=Witness.HINT, hint=answer.hint)
-        return Told(answer.outcome, answer.reason.value, answer.job_id, answer.witness, answer.moved)
+        return answer
 
     @staticmethod
     async def _ask_slurmd(
@@ -150,53 +179,6 @@ class Asker:
                 Outcome.UNKNOWN, SlurmdFault.OTHER_NAMED.value, detail="slurmd names no job of this user's here"
             )
         return Told(Outcome.JOB, Reason.OWNER.value, job_id, Witness.SLURMD)
-
-    async def _sealed(self, question: Question, deadline: Deadline) -> bytes:
-        try:
-            sealed = await self._seals.seal(encode_question(question), AGENT_UID, deadline)
-        except (SealError, OutOfTime, Overloaded) as error:
-            raise _NoAnswer(AskFault.SEAL_UNAVAILABLE, str(error)) from None
-        return frame.encode_frame(sealed, frame.CALLERID_MAX_BYTES)
-
-    async def _exchange(self, responder: IPAddress, sealed: bytes, deadline: Deadline) -> bytes:
-        where = f"{responder} port {self._port}"
-        try:
-            return await asyncio.wait_for(self._send_and_receive(responder, sealed), deadline.remaining_s())
-        except asyncio.TimeoutError:
-            raise _NoAnswer(AskFault.TIMEOUT, f"{where}: no answer in time") from None
-        except ConnectionRefusedError:
-            raise _NoAnswer(AskFault.REFUSED, f"{where}: connection refused") from None
-        except (asyncio.IncompleteReadError, ConnectionError):
-            raise _NoAnswer(AskFault.CLOSED, f"{where}: closed without an answer") from None
-        except ProtocolError as error:
-            raise _NoAnswer(AskFault.MALFORMED, f"{where}: {error}") from None
-        except OSError as error:
-            raise _NoAnswer(AskFault.UNREACHABLE, f"{where}: {error.strerror}") from None
-
-    async def _send_and_receive(self, responder: IPAddress, sealed: bytes) -> bytes:
-        reader, writer = await asyncio.open_connection(str(responder), self._port, limit=frame.CALLERID_MAX_BYTES)
-        try:
-            writer.write(sealed)
-            prefix = await reader.readexactly(frame.PREFIX_BYTES)
-            return await reader.readexactly(frame.decode_length(prefix, frame.CALLERID_MAX_BYTES))
-        finally:
-            # abort, not close: nothing more is owed to the peer, and a FIN_WAIT per question would pile up.
-            writer.transport.abort()
-
-    async def _opened(self, reply: bytes, deadline: Deadline) -> Answer:
-        try:
-            opened = await self._seals.open(reply, deadline)
-        except SealError as error:
-            raise _NoAnswer(AskFault.BAD_SEAL, str(error)) from None
-        except (OutOfTime, Overloaded) as error:
-            raise _NoAnswer(AskFault.SEAL_UNAVAILABLE, str(error)) from None
-        if opened.uid != AGENT_UID:
-            # Any user of the node could listen on our port while the agent is down.
-            raise _NoAnswer(AskFault.FOREIGN, f"answer sealed by uid {opened.uid}, expected {AGENT_UID}")
-        try:
-            return decode_answer(opened.payload)
-        except ProtocolError as error:
-            raise _NoAnswer(AskFault.MALFORMED, str(error)) from None
 
     @staticmethod
     def _about_our_question(question: Question, answer: Answer) -> None:
@@ -215,3 +197,101 @@ class _NoAnswer(AdoptdError):
     def __init__(self, fault: AskFault, text: str) -> None:
         super().__init__(text)
         self.fault = fault
+
+
+class _HungUp(_NoAnswer):
+    """The connection ended without a byte of an answer."""
+
+
+class _Trip:
+    """A question's way there and back, made whole in one thread: each change of thread costs as much as the network.
+
+    ``waits_for`` says what the asker gave up on, when it did.
+    """
+
+    def __init__(self, question: Question, seals: SealRoom, port: int, deadline: Deadline) -> None:
+        self._question = question
+        self._seals = seals
+        self._port = port
+        self._deadline = deadline
+        self._heard = False
+        self.waits_for = AskFault.SEAL_UNAVAILABLE
+
+    def make(self) -> Answer:
+        """The answer, sealed by root, to whatever question. Raises _NoAnswer."""
+        sealed = self._sealed()
+        self.waits_for = AskFault.TIMEOUT
+        reply = self._exchange(sealed)
+        self.waits_for = AskFault.SEAL_UNAVAILABLE
+        return self._opened(reply)
+
+    def _sealed(self) -> bytes:
+        try:
+            sealed = self._seals.seal(encode_question(self._question), AGENT_UID)
+        except SealError as error:
+            raise _NoAnswer(AskFault.SEAL_UNAVAILABLE, str(error)) from None
+        return frame.encode_frame(sealed, frame.CALLERID_MAX_BYTES)
+
+    def _exchange(self, sealed: bytes) -> bytes:
+        where = f"{self._question.responder} port {self._port}"
+        try:
+            return self._send_and_receive(sealed)
+        except socket.timeout:
+            raise _NoAnswer(AskFault.TIMEOUT, f"{where}: no answer in time") from None
+        except ConnectionRefusedError:
+            raise _NoAnswer(AskFault.REFUSED, f"{where}: connection refused") from None
+        except ConnectionError:
+            fault = AskFault.CLOSED
+            raise (_NoAnswer if self._heard else _HungUp)(fault, f"{where}: closed without an answer") from None
+        except ProtocolError as error:
+            raise _NoAnswer(AskFault.MALFORMED, f"{where}: {error}") from None
+        except OSError as error:
+            raise _NoAnswer(AskFault.UNREACHABLE, f"{where}: {error.strerror}") from None
+
+    def _name(self) -> Tuple[Union[str, int], ...]:
+        """Where the asked agent is, for connect(). Raises OSError if it is on a link, and that is not known."""
+        responder, ours = self._question.responder, self._question.connection.destination.address
+        if not is_link_local(responder):
+            return str(responder), self._port
+        # They reached us on our own link-local address, or it cannot be told which link they are on.
+        return str(responder), self._port, 0, scope_of(ours)
+
+    def _send_and_receive(self, sealed: bytes) -> bytes:
+        family = socket.AF_INET if self._question.responder.version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_STREAM) as peer:
+            self._patient(peer).connect(self._name())
+            self._patient(peer).sendall(sealed)
+            reply = b""
+            length: Optional[int] = None
+            while length is None or len(reply) < length:
+                chunk = self._patient(peer).recv(frame.PREFIX_BYTES + frame.CALLERID_MAX_BYTES - len(reply))
+                if not chunk:
+                    raise ConnectionResetError
+                reply += chunk
+                self._heard = True
+                if length is None and len(reply) >= frame.PREFIX_BYTES:
+                    length = frame.PREFIX_BYTES + frame.decode_length(
+                        reply[: frame.PREFIX_BYTES], frame.CALLERID_MAX_BYTES
+                    )
+            return reply[frame.PREFIX_BYTES : length]
+
+    def _patient(self, peer: socket.socket) -> socket.socket:
+        """``peer``, which waits for its next step until the deadline. Raises socket.timeout if that is past."""
+        remaining_s = self._deadline.remaining_s()
+        if remaining_s <= 0:
+            raise socket.timeout
+        peer.settimeout(remaining_s)
+        return peer
+
+    def _opened(self, reply: bytes) -> Answer:
+        try:
+            opened = self._seals.open(reply)
+        except SealError as error:
+            raise _NoAnswer(AskFault.BAD_SEAL, str(error)) from None
+        if opened.uid != AGENT_UID:
+            # Any user of the node could listen on our port while the agent is down.
+            raise _NoAnswer(AskFault.FOREIGN, f"answer sealed by uid {opened.uid}, expected {AGENT_UID}")
+        try:
+            return decode_answer(opened.payload)
+        except ProtocolError as error:
+            raise _NoAnswer(AskFault.MALFORMED, str(error)) from None

@@ -5,6 +5,8 @@ Called by the two sides, by the doors (which refuse messages of their own) and b
 
 from __future__ import annotations
 
+from typing import Callable, TypeVar
+
 from adoptd.deadline import Deadline
 from adoptd.metrics import Refusal
 from adoptd.model import (
@@ -17,6 +19,8 @@ from adoptd.workers import Workers
 # cluster root is root everywhere, as it is for Slurm's own callerid (src/slurmd/slurmd/req.c, 22.05).
 AGENT_UID = 0
 
+_T = TypeVar("_T")
+
 
 class Refused(AdoptdError):
     """A message gets no answer. ``reason`` is for the metric, the text for the log."""
@@ -27,7 +31,10 @@ class Refused(AdoptdError):
 
 
 class SealRoom:
-    """Sealing and opening within a deadline: in a thread where the scheme may block, inline where not."""
+    """The seal in force, and the threads in which this node asks others with it.
+
+    Threads for every scheme: some wait for another process to seal, and all ask over the network.
+    """
 
     def __init__(self, seal: Seal, workers: Workers) -> None:
         self._seal = seal
@@ -38,14 +45,14 @@ class SealRoom:
         """The scheme in force."""
         return self._seal.scheme
 
-    async def seal(self, payload: bytes, reader_uid: int, deadline: Deadline) -> bytes:
-        """``payload`` sealed for ``reader_uid``. Raises SealError, OutOfTime, Overloaded."""
-        if not self._seal.may_block:
-            return self._seal.seal(payload, reader_uid)
-        return await self._workers.run(lambda: self._seal.seal(payload, reader_uid), deadline)
+    def seal(self, payload: bytes, reader_uid: int) -> bytes:
+        """``payload`` sealed for ``reader_uid``. Blocks as long as the scheme does. Raises SealError."""
+        return self._seal.seal(payload, reader_uid)
 
-    async def open(self, sealed: bytes, deadline: Deadline) -> Opened:
-        """The opened seal. Raises SealError, OutOfTime, Overloaded."""
-        if not self._seal.may_block:
-            return self._seal.open(sealed)
-        return await self._workers.run(lambda: self._seal.open(sealed), deadline)
+    def open(self, sealed: bytes) -> Opened:
+        """The opened seal. Blocks as long as the scheme does. Raises SealError."""
+        return self._seal.open(sealed)
+
+    async def run(self, call: Callable[[], _T], deadline: Deadline) -> _T:
+        """``call()``, which seals and opens, in a thread. Raises what it raises, OutOfTime, Overloaded."""
+        return await self._workers.run(call, deadline)

@@ -6,13 +6,14 @@ Owns the scheme's claims and the key. Must never take a token for another audien
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple
 
 from adoptd.model import ProtocolError
 from adoptd.seal.key_file import KEY_MAX_BYTES, key_file_error, read_key_file
-from adoptd.seal.token import REPLAY_CAPACITY, Tokens, decoded, encoded
+from adoptd.seal.token import Tokens, decoded, encoded
 from adoptd.seal.values import SEALED_MAX_BYTES, Opened, SealError, SealFault, check_payload, check_ttl
 
 __all__ = ["KEY_MAX_BYTES", "KeySeal"]
@@ -43,11 +44,12 @@ class KeySeal:
         ttl_s: int,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
-        replay_capacity: int = REPLAY_CAPACITY,
+        replay_capacity: Optional[int] = None,
     ) -> None:
         check_ttl(ttl_s)
         key, self._owner_uid = read_key_file(path)
         self._key: Optional[bytes] = key
+        self.identity: Tuple[object, ...] = (self.scheme, ttl_s, self._owner_uid, hashlib.sha256(key).digest())
         self._tokens = Tokens(_CLAIMS, ttl_s, clock, monotonic, replay_capacity)
         refusal = self._tokens.refusal_of(key)
         if refusal is not None:
@@ -73,7 +75,7 @@ class KeySeal:
             raise SealError(SealFault.BAD_SEAL, str(error)) from None
         check_payload(payload)
         self._tokens.admit(token)
-        return Opened(payload, self._owner_uid, None)
+        return Opened(payload, self._owner_uid, None, token.issued_at)
 
     def close(self) -> None:
         """Let go of the key. A call under way in another thread ends as if before."""

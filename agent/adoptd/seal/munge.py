@@ -14,7 +14,7 @@ import re
 import threading
 import weakref
 from ipaddress import IPv4Address
-from typing import Optional
+from typing import Optional, Tuple
 
 from adoptd.model import UID_MAX
 from adoptd.seal.values import Opened, SealError, SealFault, check_payload, check_sealed, check_ttl
@@ -86,6 +86,7 @@ class MungeSeal:
         self._library = _Library()
         self._socket = socket
         self._ttl_s = ttl_s
+        self.identity: Tuple[object, ...] = (self.scheme, socket, ttl_s)
         self._closed = False
         # A context used by two threads at once fails with EMUNGE_SNAFU, or worse: each thread has its own.
         # They are freed when the last reference goes: with their thread, or in close() once no call uses them.
@@ -136,9 +137,9 @@ class MungeSeal:
         check_payload(payload)
         if uid.value > UID_MAX:
             raise SealError(SealFault.BAD_SEAL, f"credential of uid {uid.value}, which is no uid")
-        self._check_fresh(context)
+        sealed_at_s = self._check_fresh(context)
         address = library.address(context)
-        return Opened(payload, uid.value, address if int(address) else None)
+        return Opened(payload, uid.value, address if int(address) else None, sealed_at_s)
 
     def close(self) -> None:
         """Free the contexts. A call under way in another thread ends first and frees its own."""
@@ -154,13 +155,16 @@ class MungeSeal:
             self._local.contexts = contexts
         return contexts
 
-    def _check_fresh(self, context: _Context) -> None:
+    def _check_fresh(self, context: _Context) -> int:
+        """When it was sealed, by the sealer's clock. Raises SealError."""
+        sealed_at_s = self._library.time(context, _OPT_ENCODE_TIME)
         # The sealer chose the credential's time to live, up to munged's own maximum of an hour.
-        age_s = self._library.time(context, _OPT_DECODE_TIME) - self._library.time(context, _OPT_ENCODE_TIME)
+        age_s = self._library.time(context, _OPT_DECODE_TIME) - sealed_at_s
         if age_s > self._ttl_s:
             raise SealError(SealFault.EXPIRED, f"credential is {age_s} s old, at most {self._ttl_s}")
         if -age_s > self._ttl_s:
             raise SealError(SealFault.REWOUND, f"credential is {-age_s} s in the future, at most {self._ttl_s}")
+        return sealed_at_s
 
 
 def _check_armour(sealed: bytes) -> None:

@@ -12,6 +12,17 @@ import math
 import threading
 from typing import Callable, Dict, List, Set
 
+# 3,277 a second, more than one core can open; and the most there is room for: 100 MB, which a ttl_s over 80 needs when
+# as many come for as long as that.
+_PER_S = 3277
+_CAPACITY_MIN = 65_536
+_CAPACITY_MAX = 524_288
+
+
+def capacity_for(life_s: float) -> int:
+    """How many nonces to keep room for where each is kept for ``life_s`` seconds."""
+    return max(_CAPACITY_MIN, min(_CAPACITY_MAX, int(_PER_S * life_s)))
+
 
 class Admission(enum.Enum):
     """What became of a nonce that was offered. Only NEW is a reason to go on."""
@@ -61,6 +72,11 @@ class ReplayCache:
             self._live.add(nonce)
             self._by_expiry.setdefault(expiry_s, []).append(nonce)
             return Admission.NEW
+
+    def make_room(self, capacity: int) -> None:
+        """Keep at most ``capacity`` from now on. What is there stays its time, also where that is more."""
+        with self._lock:
+            self._capacity = capacity
 
     def __contains__(self, nonce: str) -> bool:
         with self._lock:

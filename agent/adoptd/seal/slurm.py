@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
 import socket
 import time
@@ -18,7 +19,7 @@ from typing import Callable, Dict, FrozenSet, List, Optional, Tuple
 
 from adoptd.model import UID_MAX, ProtocolError
 from adoptd.seal.key_file import KEY_MAX_BYTES, KEY_MIN_BYTES, KeyFileRules, key_file_error, read_key_file
-from adoptd.seal.token import ALGORITHM, KID_MAX, REPLAY_CAPACITY, Tokens
+from adoptd.seal.token import ALGORITHM, KID_MAX, Tokens
 from adoptd.seal.values import SEALED_MAX_BYTES, Opened, SealError, SealFault, check_payload, check_ttl
 from adoptd.wire.strict_json import decode_object
 
@@ -72,7 +73,7 @@ class SlurmSeal:
         owners: FrozenSet[int] = frozenset(),
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
-        replay_capacity: int = REPLAY_CAPACITY,
+        replay_capacity: Optional[int] = None,
     ) -> None:
         check_ttl(ttl_s)
         if not 1 <= len(cluster) <= _NAME_MAX:
@@ -82,6 +83,7 @@ class SlurmSeal:
         self._keys: Optional[_Keys] = keys
         self._holders = frozenset({0, os.geteuid(), owner_uid})
         self._cluster = cluster
+        self.identity: Tuple[object, ...] = (self.scheme, ttl_s, cluster, self._holders, _digest(keys))
         self._host = socket.gethostname().partition(".")[0]
         self._clock = clock
 
@@ -128,7 +130,7 @@ class SlurmSeal:
             raise SealError(SealFault.BAD_SEAL, str(error)) from None
         check_payload(payload)
         self._tokens.admit(token)
-        return Opened(payload, uid, None)
+        return Opened(payload, uid, None, token.issued_at)
 
     def close(self) -> None:
         """Let go of the keys. A call under way in another thread ends as if before."""
@@ -151,6 +153,13 @@ class SlurmSeal:
 
     def _is_expired(self, key: _Key) -> bool:
         return key.expires_at is not None and key.expires_at <= self._clock()
+
+
+def _digest(keys: _Keys) -> bytes:
+    """Tells one key set from another, and nothing else of it."""
+    listed = [keys.default, *(keys.by_kid[kid] for kid in sorted(keys.by_kid))]
+    digests = [(key.kid, key.expires_at, hashlib.sha256(key.secret).hexdigest()) for key in listed]
+    return hashlib.sha256(repr(digests).encode()).digest()
 
 
 def _payload(text: str) -> bytes:

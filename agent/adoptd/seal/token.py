@@ -17,14 +17,11 @@ from typing import Callable, Dict, FrozenSet, Mapping, Optional, Protocol, Tuple
 import jwt
 
 from adoptd.model import ProtocolError
-from adoptd.seal.replay import Admission, ReplayCache
+from adoptd.seal.replay import Admission, ReplayCache, capacity_for
 from adoptd.seal.values import SealError, SealFault, check_sealed
 from adoptd.wire.strict_json import Fields, decode_object, encode_object
 
 ALGORITHM = "HS256"
-
-# With the default ttl_s of 10, 6,500 tokens a second for ever: more than one core can open. 13 MB when full.
-REPLAY_CAPACITY = 65536
 
 # A token is HEADER.CLAIMS.SIGNATURE, each in base64url without padding, the header one of these two, with "kid" beside
 # where the scheme has several keys.
@@ -88,7 +85,7 @@ class Tokens:
         ttl_s: int,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
-        replay_capacity: int,
+        replay_capacity: Optional[int],
         has_kid: bool = False,
     ) -> None:
         self._claims = claims | _OWN_CLAIMS
@@ -96,7 +93,8 @@ class Tokens:
         self._clock = clock
         self._monotonic = monotonic
         self._has_kid = has_kid
-        self._replays = ReplayCache(replay_capacity, clock)
+        # A token's life is ttl_s from iat, which may be as far ahead of our clock.
+        self._replays = ReplayCache(replay_capacity or capacity_for(2 * ttl_s), clock)
         # No other algorithm is even registered, so that no header can ask for one.
         self._jws = cast(_Jws, jwt.PyJWS(algorithms=[ALGORITHM]))
         self._started_at = _to_microseconds(clock())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import FrozenSet, Optional, Protocol, Tuple
@@ -58,12 +58,14 @@ class Opened:
     """The content of a seal, and who sealed it where, as far as the scheme attests it.
 
     ``uid`` is only as good as what it is compared with: under MUNGE any local user can seal, so the
-    caller must decide whose word it takes. ``address`` is None where the scheme does not say.
+    caller must decide whose word it takes. ``address`` is None where the scheme does not say. ``sealed_at_s`` is by
+    the sealer's clock, since 1970, and in whole seconds under MUNGE.
     """
 
     payload: bytes
     uid: int
     address: Optional[IPv4Address]
+    sealed_at_s: Optional[float] = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ class Seal(Protocol):
     @property
     def may_block(self) -> bool:
         """Whether seal() and open() wait for another process: then call them in a thread, with a deadline."""
+
+    @property
+    def identity(self) -> Tuple[object, ...]:
+        """Two seals of one identity open and make the same; it holds no secret, only a digest."""
 
     def seal(self, payload: bytes, reader_uid: int = 0) -> bytes:
         """Seal 1 to PAYLOAD_MAX_BYTES bytes, to be opened once, by ``reader_uid``. Raises SealError."""

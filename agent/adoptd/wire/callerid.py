@@ -47,6 +47,7 @@ _ANSWER_KEYS = frozenset(
         "witness",
         "moved",
         "hint",
+        "cluster",
     }
 )
 
@@ -98,7 +99,8 @@ class Answer:
 
     ``responder`` is the address at which the answering node was reached. ``job_id`` and ``witness``
     go with Outcome.JOB. ``moved``: the owner has left the job's cgroup since it connected. ``hint`` goes with
-    Outcome.NO_JOB: a job that the environment of the owner, a process of the login user's, names.
+    Outcome.NO_JOB: a job that the environment of the owner, a process of the login user's, names. ``cluster`` goes
+    with Outcome.JOB: the cluster that the job's id is of, None where the job manager has no name for it.
     """
 
     nonce: str
@@ -110,6 +112,7 @@ class Answer:
     witness: Optional[Witness] = None
     moved: bool = False
     hint: Optional[str] = None
+    cluster: Optional[str] = None
 
 
 def encode_question(question: Question) -> bytes:
@@ -153,6 +156,7 @@ def encode_answer(answer: Answer) -> bytes:
             "witness": None if answer.witness is None else answer.witness.value,
             "moved": answer.moved,
             "hint": answer.hint,
+            "cluster": answer.cluster,
         }
     )
 
@@ -174,6 +178,7 @@ def decode_answer(payload: bytes) -> Answer:
             witness=None if witness is None else Witness(witness),
             moved=fields.boolean("moved"),
             hint=fields.optional_text("hint", JOB_ID_MAX),
+            cluster=fields.optional_text("cluster", JOB_ID_MAX),
         )
     except ValueError as error:
         raise ProtocolError(f"answer: {error}") from None
@@ -182,6 +187,8 @@ def decode_answer(payload: bytes) -> Answer:
         raise ProtocolError(f"answer: outcome {answer.outcome.value} does not go with its job and witness")
     if answer.hint is not None and answer.outcome is not Outcome.NO_JOB:
         raise ProtocolError(f"answer: outcome {answer.outcome.value} does not go with a hint")
+    if answer.cluster is not None and not (named and is_job_id(answer.cluster)):
+        raise ProtocolError(f"answer: cluster {answer.cluster!r} is no name of one, or goes with no job")
     for job in (answer.job_id, answer.hint):
         if job is not None and not is_job_id(job):
             raise ProtocolError(f"answer: job {job!r} is not a job id")
