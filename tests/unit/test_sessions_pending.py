@@ -82,3 +82,19 @@ def test_old_entries_are_dropped_when_new_ones_come() -> None:
     clock.now += 10.0
     pending.remember(BOB, connection(9), ADOPTED)
     assert len(pending) == 1
+
+
+def test_a_login_is_awaited_between_its_phases() -> None:
+    """From its account phase to its session phase or its end, and no other login's."""
+    clock = Clock()
+    pending = PendingLogins(clock, keep_s=10.0)
+    assert not pending.awaits(ALICE, connection(1))
+    pending.remember(ALICE, connection(1), ADOPTED)
+    assert pending.awaits(ALICE, connection(1))
+    assert not pending.awaits(BOB, connection(1))
+    assert not pending.awaits(ALICE, connection(2))
+    pending.take(ALICE, connection(1))
+    assert not pending.awaits(ALICE, connection(1))
+    pending.remember(ALICE, connection(1), ADOPTED)
+    clock.now += 10.0
+    assert not pending.awaits(ALICE, connection(1))
