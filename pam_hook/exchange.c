@@ -12,6 +12,9 @@
 #include "namespaces.h"
 #include "reply.h"
 
+/* How soon to look again for an agent that is being started again. */
+#define RETRY_NS (20 * NS_PER_MS)
+
 /* Waits until fd is ready. False with errno ETIMEDOUT at the deadline. ppoll: no 1024 limit, and finer than 1 ms. */
 static bool wait_for(int fd, short events, struct deadline deadline)
 {
@@ -30,21 +33,23 @@ static bool wait_for(int fd, short events, struct deadline deadline)
 	}
 }
 
-/* A connected socket whose other end was put there by root, or -1. */
+/* A connected socket whose other end was put there by root, or the negative errno of what failed. */
 static int connect_to_agent(const char *path, struct deadline deadline, struct fault *fault)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	struct ucred peer = {0};
 	socklen_t peer_size = sizeof(peer);
-	int fd = -1;
+	int error;
+	int fd;
 	int rc;
 
 	/* options.c has checked that it fits. */
 	snprintf(address.sun_path, sizeof(address.sun_path), "%s", path);
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (fd < 0) {
-		fault_errno(fault, errno, "socket for %s", path);
-		return -1;
+		error = errno;
+		fault_errno(fault, error, "socket for %s", path);
+		return -error;
 	}
 	/*
 	 * A full backlog is the only thing connect() waits for here. A non-blocking connect() would fail with EAGAIN, with
@@ -65,25 +70,30 @@ static int connect_to_agent(const char *path, struct deadline deadline, struct f
 			rc = connect(fd, (const struct sockaddr *)&address, sizeof(address));
 	} while (rc != 0 && errno == EINTR);
 	if (rc != 0) {
-		fault_errno(fault, errno == EAGAIN ? ETIMEDOUT : errno, "connect to %s", path);
+		error = errno == EAGAIN ? ETIMEDOUT : errno;
+		fault_errno(fault, error, "connect to %s", path);
 		goto fail;
 	}
 	/* Whoever called listen(): root, or somebody who was able to put a socket there. */
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_size) != 0) {
-		fault_errno(fault, errno, "peer of %s", path);
+		error = errno;
+		fault_errno(fault, error, "peer of %s", path);
 		goto fail;
 	}
 	if (peer.uid != 0) {
+		error = EPERM;
 		fault_set(fault, "%s is served by uid %u, expected root", path, peer.uid);
 		goto fail;
 	}
 	return fd;
 fail:
 	close(fd);
-	return -1;
+	return -error;
 }
 
-static bool send_request(int fd, struct deadline deadline, struct adopt_request *request, struct fault *fault)
+/* Sets lost if the agent was gone before it had all of the request. */
+static bool send_request(int fd, struct deadline deadline, struct adopt_request *request, bool *lost,
+			 struct fault *fault)
 {
 	size_t sent = 0;
 	const int64_t left_ms = deadline_left_ns(deadline) / NS_PER_MS;
@@ -102,6 +112,7 @@ static bool send_request(int fd, struct deadline deadline, struct adopt_request 
 		else if (errno == EINTR)
 			continue;
 		else if (errno != EAGAIN || !wait_for(fd, POLLOUT, deadline)) {
+			*lost = errno == EPIPE || errno == ECONNRESET;
 			fault_errno(fault, errno, "send request");
 			return false;
 		}
@@ -131,10 +142,11 @@ static void take_descriptors(struct msghdr *message, struct answer *answer)
 /*
  * Fills buffer. Descriptors may come with the first byte only, so it is read alone, and only that read has room for
  * them: a larger one may run on into a message that brings some. Any that come later are never installed in this
- * process: without room the kernel drops them and sets MSG_CTRUNC.
+ * process: without room the kernel drops them and sets MSG_CTRUNC. Sets lost, unless that is NULL, if the agent was gone
+ * before it said anything.
  */
 static bool receive(int fd, struct deadline deadline, void *buffer, size_t size, struct answer *with_descriptors,
-		    struct fault *fault)
+		    bool *lost, struct fault *fault)
 {
 	_Alignas(struct cmsghdr) char control[CMSG_SPACE(ADOPT_WIRE_DESCRIPTORS_MAX * sizeof(int))];
 	size_t received = 0;
@@ -154,6 +166,8 @@ static bool receive(int fd, struct deadline deadline, void *buffer, size_t size,
 			continue;
 		if (n < 0 && errno == EAGAIN && wait_for(fd, POLLIN, deadline))
 			continue;
+		if (lost && received == 0 && (n == 0 || (n < 0 && errno == ECONNRESET)))
+			*lost = true;
 		if (n < 0) {
 			fault_errno(fault, errno, "receive reply, %zu of %zu bytes", received, size);
 			return false;
@@ -179,12 +193,12 @@ static bool receive(int fd, struct deadline deadline, void *buffer, size_t size,
 }
 
 static bool receive_answer(int fd, struct deadline deadline, const struct adopt_request *request, struct answer *answer,
-			   struct fault *fault)
+			   bool *lost, struct fault *fault)
 {
 	struct adopt_reply *reply = &answer->reply;
 	char extra;
 
-	if (!receive(fd, deadline, reply, sizeof(*reply), answer, fault) || !reply_check(reply, request, fault))
+	if (!receive(fd, deadline, reply, sizeof(*reply), answer, lost, fault) || !reply_check(reply, request, fault))
 		return false;
 	if (reply->descriptors != answer->descriptor_count) {
 		fault_set(fault, "reply announces %u descriptors, %zu came", reply->descriptors,
@@ -199,7 +213,7 @@ static bool receive_answer(int fd, struct deadline deadline, const struct adopt_
 			fault_errno(fault, ENOMEM, "environment of %u bytes", reply->environment_bytes);
 			return false;
 		}
-		if (!receive(fd, deadline, answer->environment, reply->environment_bytes, NULL, fault) ||
+		if (!receive(fd, deadline, answer->environment, reply->environment_bytes, NULL, NULL, fault) ||
 		    !environment_check(answer->environment, reply->environment_bytes, fault))
 			return false;
 	}
@@ -211,18 +225,45 @@ static bool receive_answer(int fd, struct deadline deadline, const struct adopt_
 	return true;
 }
 
+/* False at the deadline. */
+static bool pause_for_retry(struct deadline deadline)
+{
+	const int64_t left_ns = deadline_left_ns(deadline);
+	const struct timespec wait = {.tv_nsec = left_ns < RETRY_NS ? left_ns : RETRY_NS};
+
+	/* A signal makes it shorter, which is no harm. */
+	ppoll(NULL, 0, &wait, NULL);
+	return deadline_left_ns(deadline) > 0;
+}
+
 bool exchange_ask(const char *path, struct deadline deadline, struct adopt_request *request, struct answer *answer,
 		  struct fault *fault)
 {
-	bool answered = false;
-	const int fd = connect_to_agent(path, deadline, fault);
+	bool asked = false;
 
-	if (fd >= 0) {
-		answered = send_request(fd, deadline, request, fault) &&
-			   receive_answer(fd, deadline, request, answer, fault);
-		close(fd);
+	/*
+	 * An agent that ends while it has our question is started again at once: the question is put once more, to the
+	 * next one, and meanwhile there may be no socket. What it did for us is done again and comes to the same. An
+	 * agent that was not there to begin with is not waited for.
+	 */
+	for (;;) {
+		const int fd = connect_to_agent(path, deadline, fault);
+		bool lost = fd == -ECONNREFUSED || fd == -ENOENT;
+		bool again = asked;
+
+		if (fd >= 0) {
+			const bool answered = send_request(fd, deadline, request, &lost, fault) &&
+					      receive_answer(fd, deadline, request, answer, &lost, fault);
+
+			close(fd);
+			if (answered)
+				return true;
+			again = !asked;
+			asked = true;
+		}
+		if (!lost || !again || !pause_for_retry(deadline))
+			return false;
 	}
-	return answered;
 }
 
 void answer_release(struct answer *answer)

@@ -21,7 +21,8 @@ struct answer {
 /*
  * Sends request, with what is then left of the deadline in its timeout_ms, to the agent at path. True: answer holds a
  * reply that keeps every rule of adopt_wire.h. False: fault says which step failed. answer must be ANSWER_EMPTY
- * before, and released with answer_release() in both cases.
+ * before, and released with answer_release() in both cases. An agent that ends without a word is asked once more, on
+ * a new connection, within the same deadline.
  */
 bool exchange_ask(const char *path, struct deadline deadline, struct adopt_request *request, struct answer *answer,
 		  struct fault *fault);

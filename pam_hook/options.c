@@ -1,6 +1,7 @@
 #include "options.h"
 
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 #include <sys/un.h>
@@ -31,14 +32,17 @@ static const struct word generic_failure_words[] = {
 static const struct word mode_words[] = {{"enforce", ADOPT_MODE_ENFORCE}, {"observe", ADOPT_MODE_OBSERVE}, {NULL, 0}};
 static const struct word bit_words[] = {{"0", 0}, {"1", 1}, {NULL, 0}};
 static const struct word bool_words[] = {{"true", 1}, {"false", 0}, {NULL, 0}};
-static const struct word level_words[] = {
-	{"quiet", LEVEL_QUIET},   {"fatal", LEVEL_FATAL},     {"error", LEVEL_ERROR},
-	{"info", LEVEL_INFO},     {"verbose", LEVEL_VERBOSE}, {"debug", LEVEL_DEBUG},
-	{"debug2", LEVEL_DEBUG2}, {"debug3", LEVEL_DEBUG3},   {"debug4", LEVEL_DEBUG4},
-	{"debug5", LEVEL_DEBUG5}, {"0", LEVEL_QUIET},         {"1", LEVEL_FATAL},
-	{"2", LEVEL_ERROR},       {"3", LEVEL_INFO},          {"4", LEVEL_VERBOSE},
-	{"5", LEVEL_DEBUG},       {"6", LEVEL_DEBUG2},        {"7", LEVEL_DEBUG3},
-	{"8", LEVEL_DEBUG4},      {"9", LEVEL_DEBUG5},        {NULL, 0}};
+static const struct word level_words[] = {{"quiet", LEVEL_QUIET},
+					  {"fatal", LEVEL_FATAL},
+					  {"error", LEVEL_ERROR},
+					  {"info", LEVEL_INFO},
+					  {"verbose", LEVEL_VERBOSE},
+					  {"debug", LEVEL_DEBUG},
+					  {"debug2", LEVEL_DEBUG2},
+					  {"debug3", LEVEL_DEBUG3},
+					  {"debug4", LEVEL_DEBUG4},
+					  {"debug5", LEVEL_DEBUG5},
+					  {NULL, 0}};
 
 static const struct word_option word_options[] = {
 	{"action_no_jobs=", no_jobs_words, offsetof(struct options, action_no_jobs), "deny or ignore"},
@@ -50,16 +54,15 @@ static const struct word_option word_options[] = {
 	{"single_job_skip_rpc=", bit_words, offsetof(struct options, single_job_skip_rpc), "0 or 1"},
 	{"disable_x11=", bit_words, offsetof(struct options, disable_x11), "0 or 1"},
 	{"join_container=", bool_words, offsetof(struct options, join_container), "true or false"},
-	{"log_level=", level_words, offsetof(struct options, log_level),
-	 "quiet, fatal, error, info, verbose, debug, debug2 to debug5, or 0 to 9"},
 	{"mode=", mode_words, offsetof(struct options, mode), "enforce or observe"},
 };
 
+/* Options' names are taken in any case, as their values are. */
 static const char *skip_prefix(const char *text, const char *prefix)
 {
 	const size_t length = strlen(prefix);
 
-	return strncmp(text, prefix, length) == 0 ? text + length : NULL;
+	return strncasecmp(text, prefix, length) == 0 ? text + length : NULL;
 }
 
 static bool parse_word(const struct word *words, const char *value, uint8_t *out)
@@ -71,6 +74,24 @@ static bool parse_word(const struct word *words, const char *value, uint8_t *out
 		}
 	}
 	return false;
+}
+
+/* A name, or a number as C writes it: decimal, 0x and 0. One above the highest level is the highest. */
+static bool parse_level(const char *value, uint8_t *out)
+{
+	unsigned long number;
+	char *end;
+
+	if (parse_word(level_words, value, out))
+		return true;
+	/* Ten characters cannot overflow; strtoul() would take blanks and a sign before them. */
+	if (*value < '0' || *value > '9' || strlen(value) > 10)
+		return false;
+	number = strtoul(value, &end, 0);
+	if (*end)
+		return false;
+	*out = number < LEVEL_DEBUG5 ? (uint8_t)number : LEVEL_DEBUG5;
+	return true;
 }
 
 static bool parse_timeout(const char *value, uint32_t *out)
@@ -118,6 +139,11 @@ static const char *parse_argument(const char *argument, struct options *options)
 			return parse_word(option->words, value, (uint8_t *)options + option->offset) ? NULL
 												     : option->expected;
 	}
+	value = skip_prefix(argument, "log_level=");
+	if (value)
+		return parse_level(value, &options->log_level)
+			       ? NULL
+			       : "quiet, fatal, error, info, verbose, debug, debug2 to debug5, or a number";
 	value = skip_prefix(argument, "timeout_ms=");
 	if (value)
 		return parse_timeout(value, &options->timeout_ms) ? NULL : "a number of milliseconds from 50 to 30000";

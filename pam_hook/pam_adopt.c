@@ -209,10 +209,11 @@ static bool set_environment(pam_handle_t *pamh, const char *pairs, size_t size)
 }
 
 /*
- * Joins namespaces in the session phase only: in the account phase it would move sshd's own process before it has read
- * the user's authorized_keys and opened the session, or, with keyboard-interactive, a child that is about to end.
+ * Joins the namespaces that the agent sent. It sends them in the session phase, and in the account phase only where the
+ * service has no session line of ours: sshd's own process is then in the job's namespaces while it opens the session,
+ * which is better than a session that never is.
  */
-static int obey(const struct login *login, enum adopt_phase phase, const struct answer *answer)
+static int obey(const struct login *login, const struct answer *answer)
 {
 	const struct adopt_reply *reply = &answer->reply;
 	int rc = return_value_of_verdict(reply->verdict);
@@ -228,7 +229,7 @@ static int obey(const struct login *login, enum adopt_phase phase, const struct 
 	if (is_observing(login))
 		return finish(login, LEVEL_INFO, rc, details);
 
-	if (phase == ADOPT_PHASE_SESSION && login->options.join_container && answer->descriptor_count) {
+	if (login->options.join_container && answer->descriptor_count) {
 		const enum join join = namespaces_join(answer->descriptors, answer->descriptor_count, &fault);
 
 		if (join != JOIN_DONE) {
@@ -306,7 +307,7 @@ static int run_phase(pam_handle_t *pamh, int flags, int argc, const char **argv,
 	find_connection(&login, deadline, &connection);
 	fill_request(&login, phase, &connection, &request);
 	if (exchange_ask(login.options.socket, deadline, &request, &answer, &fault))
-		rc = obey(&login, phase, &answer);
+		rc = obey(&login, &answer);
 	else
 		rc = obey_generic_failure(&login, &fault);
 	answer_release(&answer);

@@ -1,15 +1,16 @@
 """The pam_adopt.so lines of a PAM configuration: found, and their options checked as the module does.
 
 Owns the module's options for Python; pam_hook/options.c has them for C, and a test runs both on the
-same words. Reads files, changes nothing. Called by ``adoptd doctor`` and ``adoptctl explain``.
+same words. Reads files, changes nothing. Called by ``adoptd doctor``, ``adoptctl explain`` and adoptions.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, List, Mapping, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 MODULE = "pam_adopt.so"
 PAM_DIRECTORY = Path("/etc/pam.d")
@@ -17,11 +18,21 @@ PAM_DIRECTORY = Path("/etc/pam.d")
 # The stacks the module does something in; in any other it lets nobody in but root, or is an error to libpam.
 KINDS = ("account", "session")
 
+# An administrator who edits a stack waits that long at most for the module to know.
+_KEEP_S = 5.0
+_SERVICES_MAX = 16
+
 _LEVELS = ("quiet", "fatal", "error", "info", "verbose", "debug", "debug2", "debug3", "debug4", "debug5")
 
 
 def _words(*words: str) -> Callable[[str], bool]:
     return lambda value: value.lower() in words
+
+
+def _is_level(value: str) -> bool:
+    # A number as C writes it; what is above the highest level is taken for it.
+    number = re.fullmatch(r"0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*", value)
+    return value.lower() in _LEVELS or (number is not None and len(value) <= 10)
 
 
 def _is_timeout(value: str) -> bool:
@@ -46,7 +57,7 @@ OPTIONS: Mapping[str, Tuple[Callable[[str], bool], str]] = {
     "single_job_skip_rpc": (_words("0", "1"), "0 or 1"),
     "disable_x11": (_words("0", "1"), "0 or 1"),
     "join_container": (_words("true", "false"), "true or false"),
-    "log_level": (_words(*_LEVELS, *(str(n) for n in range(10))), f"one of {', '.join(_LEVELS)}, or 0 to 9"),
+    "log_level": (_is_level, f"one of {', '.join(_LEVELS)}, or a number"),
     "mode": (_words("enforce", "observe"), "enforce or observe"),
     "timeout_ms": (_is_timeout, "a number of milliseconds from 50 to 30000"),
     "service": (bool, "the name of a PAM service, or *"),
@@ -57,7 +68,11 @@ OPTIONS: Mapping[str, Tuple[Callable[[str], bool], str]] = {
 
 @dataclass(frozen=True)
 class PamLine:
-    """One line of a PAM stack. ``kind`` is account, session, auth or password; ``module`` its file."""
+    """One line of a PAM stack. ``kind`` is account, session, auth or password; ``module`` its file, "" if none is.
+
+    ``quiet``: its kind has a dash before it, so a missing module is not logged. ``within``: the substacks it is in,
+    outermost first, each as the line that says substack; an included line is in no other stack than that line.
+    """
 
     file: Path
     number: int
@@ -65,9 +80,17 @@ class PamLine:
     control: str
     module: str
     options: Tuple[str, ...]
+    quiet: bool = False
+    within: Tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.file}:{self.number}"
+
+    @property
+    def words(self) -> Tuple[str, ...]:
+        """The options with their names in small letters: the module takes them in any case."""
+        pairs = (word.partition("=") for word in self.options)
+        return tuple(f"{name.lower()}{equals}{value}" for name, equals, value in pairs)
 
     def loads(self, module: str) -> bool:
         """Whether this line is about ``module``, by name or by path."""
@@ -81,6 +104,7 @@ def wrong_options(line: PamLine) -> List[str]:
         faults.append(f"{MODULE} belongs in the account and session stacks, not in {line.kind}")
     for word in line.options:
         name, equals, value = word.partition("=")
+        name = name.lower()
         if not equals or name not in OPTIONS:
             faults.append(f"{word!r} is no option of {MODULE}, expected one of {', '.join(OPTIONS)}")
         elif not OPTIONS[name][0](value):
@@ -93,34 +117,76 @@ def adopt_lines(service: str, directory: Path = PAM_DIRECTORY) -> List[PamLine]:
     return [line for line in lines_of(service, directory) if line.loads(MODULE)]
 
 
+class AccountAlone:
+    """Whether a service has an account line of the module and no session line, looked up again when it is old.
+
+    Called from worker threads: it reads files. Two of them at once read twice, and no more.
+    """
+
+    def __init__(self, directory: Path = PAM_DIRECTORY, clock: Callable[[], float] = time.monotonic) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._known: Dict[str, Tuple[float, bool]] = {}
+
+    def __call__(self, service: str) -> bool:
+        """False also where it cannot be told: a session line then does what it does."""
+        now = self._clock()
+        known = self._known.get(service)
+        if known is not None and now - known[0] < _KEEP_S:
+            return known[1]
+        if len(self._known) >= _SERVICES_MAX:
+            self._known.clear()
+        found = self._look(service)
+        self._known[service] = (now, found)
+        return found
+
+    def _look(self, service: str) -> bool:
+        if not service or Path(service).name != service:
+            return False
+        try:
+            lines = adopt_lines(service, self._directory)
+        except (OSError, ValueError):
+            # ValueError: a NUL in the name.
+            return False
+        # A line that only observes joins nothing.
+        kinds = {line.kind for line in lines if "mode=observe" not in map(str.lower, line.words)}
+        return "account" in kinds and "session" not in kinds
+
+
 def lines_of(service: str, directory: Path = PAM_DIRECTORY) -> List[PamLine]:
     """Every line of ``service``, includes followed, in order. Raises OSError."""
-    return list(_stack(directory / service, None, ()))
+    return list(_stack(directory / service, None, (), ()))
 
 
-def _stack(file: Path, kind: Optional[str], above: Tuple[Path, ...]) -> Iterator[PamLine]:
+def _stack(file: Path, kind: Optional[str], above: Tuple[Path, ...], within: Tuple[str, ...]) -> Iterator[PamLine]:
     # One that includes itself is no stack to libpam either (PAM_SUBSTACK_MAX_LEVEL); what comes before is shown.
     if file in above:
         return
     above = (*above, file)
-    text = file.read_text("utf-8", "backslashreplace").replace("\\\n", " ")
+    # As bytes: the line ends of DOS are part of a word to libpam.
+    text = file.read_bytes().decode("utf-8", "backslashreplace").replace("\\\n", " ")
     for number, raw in enumerate(text.split("\n"), 1):
         words = _split(raw.partition("#")[0])
         if words[:1] == ["@include"] and len(words) == 2:
-            yield from _stack(file.parent / words[1], kind, above)
-        elif len(words) >= 3:
+            yield from _stack(file.parent / words[1], kind, above, within)
+        elif words:
             found = words[0].lstrip("-").lower()
+            quiet = words[0].startswith("-")
             if kind is not None and found != kind:
                 continue
-            if words[1] in ("include", "substack"):
-                yield from _stack(file.parent / words[2], found, above)
+            # One that ends early is an error to libpam, which shuts the whole service for it.
+            words += [""] * (3 - len(words))
+            if words[1] in ("include", "substack") and words[2]:
+                inside = within if words[1] == "include" else (*within, f"{file}:{number}")
+                yield from _stack(file.parent / words[2], found, above, inside)
             else:
-                yield PamLine(file, number, found, words[1], words[2], tuple(words[3:]))
+                yield PamLine(file, number, found, words[1], words[2], tuple(words[3:]), quiet, within)
 
 
 def _split(line: str) -> List[str]:
+    # Blanks and tabs part words, and nothing else: what is written with the line ends of DOS is no module's name.
     # A control may be "[success=1 default=ignore]", and so may an argument that holds spaces: one word either way.
     words: List[str] = []
-    for bracketed, plain in re.findall(r"\[((?:[^\]\\]|\\.)*)\]|(\S+)", line):
+    for bracketed, plain in re.findall(r"\[((?:[^\]\\]|\\.)*)\]|([^ \t]+)", line):
         words.append(plain or bracketed)
     return words

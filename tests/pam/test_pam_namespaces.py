@@ -1,4 +1,4 @@
-"""Descriptors in a reply: only namespaces, one of a kind, joined in the session phase, all of them or none."""
+"""Descriptors in a reply: only namespaces, one of a kind, joined all of them or none."""
 
 from __future__ import annotations
 
@@ -156,10 +156,12 @@ def test_a_failed_join_is_a_failed_adoption_and_undone(
         assert outcome.namespaces[kind] == alone[kind]
 
 
-def test_the_session_phase_joins_every_namespace(login: Login) -> None:
-    """The process that becomes the session's parent is in each of them afterwards."""
+@pytest.mark.parametrize("step", ["session", "account"])
+def test_every_namespace_that_is_sent_is_joined(login: Login, step: str) -> None:
+    """The process that becomes the session's parent is in each of them afterwards. Which phase that is the agent
+    knows: it sends them in the account phase only where no session line follows."""
     with namespaces(*CONTAINER) as opened:
-        outcome = run(login, list(opened.values()), reply=Reply(environment=b"A=1\0"))
+        outcome = run(login, list(opened.values()), reply=Reply(environment=b"A=1\0"), step=step)
         expected = {kind: name_of(kind, fd) for kind, fd in opened.items()}
     assert (outcome.rc, outcome.environment) == ("PAM_SUCCESS", ["A=1"])
     assert {kind: outcome.namespaces[kind] for kind in CONTAINER} == expected
@@ -197,13 +199,14 @@ def test_a_namespace_one_is_in_already_is_no_failure(login: Login) -> None:
 @pytest.mark.parametrize(
     ("options", "step", "adopted", "rc"),
     [
-        ((), "account", 1, "PAM_SUCCESS"),
+        (("join_container=false",), "account", 1, "PAM_SUCCESS"),
         (("join_container=false",), "session", 1, "PAM_SUCCESS"),
+        (("mode=observe",), "account", 1, "PAM_IGNORE"),
         (("mode=observe",), "session", 1, "PAM_IGNORE"),
     ],
 )
 def test_nothing_is_joined_elsewhere(login: Login, options: Tuple[str, ...], step: str, adopted: int, rc: str) -> None:
-    """Not in the account phase, not with join_container=false, never in observe mode; descriptors are closed."""
+    """Not with join_container=false, never in observe mode; descriptors are closed."""
     with namespaces("uts", "mnt") as opened:
         outcome = run(login, list(opened.values()), *options, reply=Reply(adopted=adopted), step=step)
         ours = {name_of(kind, fd) for kind, fd in opened.items()}

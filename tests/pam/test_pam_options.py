@@ -27,7 +27,8 @@ WRONG = [
     ("disable_x11=-1", 'disable_x11, value "-1": expected 0 or 1'),
     ("join_container=1", 'join_container, value "1": expected true or false'),
     ("log_level=loud", 'log_level, value "loud": expected quiet, fatal, error, info, verbose, debug, '),
-    ("log_level=10", 'log_level, value "10": expected quiet, fatal, '),
+    ("log_level=08", 'log_level, value "08": expected quiet, fatal, '),
+    ("log_level=-1", 'log_level, value "-1": expected quiet, fatal, '),
     ("mode=observed", 'mode, value "observed": expected enforce or observe'),
     ("timeout_ms=49", 'timeout_ms, value "49": expected a number of milliseconds from 50 to 30000'),
     ("timeout_ms=30001", 'timeout_ms, value "30001": expected a number'),
@@ -43,7 +44,6 @@ WRONG = [
     ("socket=/" + "s" * 107, "expected an absolute path of at most 107 bytes"),
     ("socket=", 'socket, value "": expected an absolute path'),
     ("action_no_job=deny", 'action_no_job, value "deny": expected an option of pam_adopt: action_no_jobs= '),
-    ("ACTION_NO_JOBS=deny", 'ACTION_NO_JOBS, value "deny": expected an option of pam_adopt: '),
     ("debug", 'debug, value "": expected an option of pam_adopt: '),
     ("action_unknown", 'action_unknown, value "": expected an option of pam_adopt: '),
 ]
@@ -107,6 +107,15 @@ RIGHT = [
 ]
 
 
+@pytest.mark.parametrize("spelling", ["ACTION_UNKNOWN=DENY", "Action_Unknown=deny", "action_UNKNOWN=Deny"])
+def test_names_are_taken_in_any_case(login: Login, spelling: str) -> None:
+    """As pam_slurm_adopt takes them."""
+    with Agent(login.socket_path, (say(DENIAL.pack()),)) as agent:
+        outcome = login(spelling)
+    assert agent.requests[0].action_unknown == ACTIONS["deny"]
+    assert not [line for line in outcome.log if "wrong" in line]
+
+
 @pytest.mark.parametrize(("name", "value", "number"), RIGHT)
 def test_a_right_option_reaches_the_agent(login: Login, name: str, value: str, number: int) -> None:
     """Every value of every option that the agent decides by, in any case, as the number of the wire format."""
@@ -151,10 +160,11 @@ def test_default_socket(login: Login) -> None:
 LEVELS = ["quiet", "fatal", "error", "info", "verbose", "debug", "debug2", "debug3", "debug4", "debug5"]
 
 
-@pytest.mark.parametrize("level", [*LEVELS, *map(str, range(10)), "INFO"])
+@pytest.mark.parametrize("level", [*LEVELS, *map(str, range(10)), "INFO", "0x3", "0X5", "02", "10", "4294967295"])
 def test_log_level(login: Login, level: str) -> None:
     """Slurm's names and numbers: outcomes from info on, failures from error on, the connection from debug on."""
-    number = LEVELS.index(level.lower()) if level.lower() in LEVELS else int(level)
+    base = 16 if level[:2] in ("0x", "0X") else 8 if level.startswith("0") else 10
+    number = LEVELS.index(level.lower()) if level.lower() in LEVELS else int(level, base)
     with Agent(login.socket_path, (say(DENIAL.pack()), say(b"x" * 720))):
         outcome = login(f"log_level={level}", steps=("account", "session"), sockets=("inbound4",))
     assert bool([line for line in outcome.log if " verdict=deny " in line]) == (number >= 3)

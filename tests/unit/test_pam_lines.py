@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adoptd.pam_lines import OPTIONS, PamLine, adopt_lines, wrong_options
+from adoptd.pam_lines import OPTIONS, AccountAlone, PamLine, adopt_lines, wrong_options
 
 HOOK = Path(__file__).resolve().parents[2] / "pam_hook"
 
@@ -71,7 +71,6 @@ WRONG = [
     "action_no_jobs=den",
     "action_no_jobs= deny",
     "action_no_jobs=deny=1",
-    "Action_no_jobs=deny",
     "action_no_job=deny",
     "action_unknown=ignore",
     "action_adopt_failure=newest",
@@ -82,8 +81,15 @@ WRONG = [
     "single_job_skip_rpc=",
     "disable_x11=yes",
     "join_container=1",
-    "log_level=10",
     "log_level=notice",
+    "log_level=",
+    "log_level=-1",
+    "log_level=+1",
+    "log_level= 1",
+    "log_level=08",
+    "log_level=0x",
+    "log_level=3x",
+    "log_level=00000000003",
     "log_level=\u0663",
     "mode=observed",
     "timeout_ms=49",
@@ -120,6 +126,14 @@ RIGHT = [
     "log_level=debug5",
     "log_level=9",
     "log_level=QUIET",
+    "log_level=10",
+    "log_level=0x3",
+    "log_level=0XA",
+    "log_level=07",
+    "log_level=9999999999",
+    "Log_Level=debug",
+    "ACTION_NO_JOBS=deny",
+    "TIMEOUT_MS=50",
     "mode=observe",
     "timeout_ms=50",
     "timeout_ms=30000",
@@ -230,3 +244,52 @@ def test_includes_are_followed_by_kind(pam_d: Path) -> None:
         sub="account required pam_adopt.so mode=observe\nsession required pam_adopt.so\n",
     )
     assert found == ["common:1 account ignore_root=1", "sub:1 account mode=observe"]
+
+
+@pytest.mark.parametrize(
+    ("stack", "alone"),
+    [
+        ("account required pam_adopt.so\n", True),
+        ("account required pam_adopt.so\nsession required pam_adopt.so\n", False),
+        ("account required pam_adopt.so\n-session optional /lib/pam_adopt.so\n", False),
+        ("account required pam_adopt.so\nsession optional pam_adopt.so MODE=observe\n", True),
+        ("account required pam_adopt.so\n@include common\n", False),
+        ("session required pam_adopt.so\n", False),
+        ("account required pam_unix.so\n", False),
+    ],
+)
+def test_an_account_line_alone(pam_d: Path, stack: str, alone: bool) -> None:
+    """Whether the account phase has to give all that a session is given; a session line that observes gives none."""
+    (pam_d / "common").write_text("session required pam_adopt.so\n")
+    (pam_d / "sshd").write_text(stack)
+    assert AccountAlone(pam_d)("sshd") is alone
+
+
+def test_a_stack_that_cannot_be_read_is_not_alone(pam_d: Path) -> None:
+    """No such service, and a name that is no file of the directory."""
+    (pam_d / "sshd").write_text("account required pam_adopt.so\n")
+    (pam_d / "inner").mkdir()
+    for service in ("login", "", ".", "..", "inner", "../pam.d/sshd", str(pam_d / "sshd"), "a\0b"):
+        assert AccountAlone(pam_d)(service) is False
+
+
+def test_an_edited_stack_is_read_again(pam_d: Path) -> None:
+    """After some seconds, and not at each login; nor are more services kept than a host has."""
+    now = [100.0]
+    alone = AccountAlone(pam_d, lambda: now[0])
+    (pam_d / "sshd").write_text("account required pam_adopt.so\n")
+    assert alone("sshd")
+    (pam_d / "sshd").write_text("account required pam_adopt.so\nsession required pam_adopt.so\n")
+    now[0] += 4.0
+    assert alone("sshd")
+    now[0] += 2.0
+    assert not alone("sshd")
+    for number in range(100):
+        alone(f"service{number}")
+    assert len(alone._known) <= 16
+
+
+def test_words_have_their_names_in_small_letters() -> None:
+    """For whoever looks an option up; values stay as they are, a socket's path among them."""
+    words = line("Action_Unknown=DENY", "SOCKET=/run/A.sock", "debug").words
+    assert words == ("action_unknown=DENY", "socket=/run/A.sock", "debug")

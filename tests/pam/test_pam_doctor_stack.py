@@ -1,0 +1,161 @@
+"""The doctor's reading of stacks beside libpam's own: the same lines are asked, and the same lines shut the service.
+
+Real libpam runs each stack out of a directory of the test's; what was asked is what was run by pam_exec.so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from pathlib import Path
+from typing import List
+
+import pytest
+
+from adoptd.doctor.findings import Grade
+from adoptd.doctor.pam import judge_stack
+from adoptd.doctor.stack import Reach, overshoots, reached
+from adoptd.pam_lines import lines_of
+
+_CONVERSATION = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
+)
+# PAM_CONV_ERR: nobody is there to be told.
+_NOBODY = _CONVERSATION(lambda *_: 19)
+
+
+class _Conversation(ctypes.Structure):
+    _fields_ = (("conv", _CONVERSATION), ("data", ctypes.c_void_p))
+
+
+def account(directory: Path) -> int:
+    """What libpam says to the account phase of root's by the service sshd of ``directory``; 0 is success."""
+    pam = ctypes.CDLL("libpam.so.0")
+    handle = ctypes.c_void_p()
+    conversation = _Conversation(_NOBODY, None)
+    started = pam.pam_start_confdir(
+        b"sshd", b"root", ctypes.byref(conversation), bytes(directory), ctypes.byref(handle)
+    )
+    assert started == 0, started
+    try:
+        return int(pam.pam_acct_mgmt(handle, 0))
+    finally:
+        pam.pam_end(handle, 0)
+
+
+def asked(directory: Path) -> bool:
+    """Whether the line of pam_exec.so was asked."""
+    mark = directory / "mark"
+    mark.unlink(missing_ok=True)
+    account(directory)
+    return mark.exists()
+
+
+def target(directory: Path) -> str:
+    return f"account required pam_exec.so quiet /usr/bin/touch {directory}/mark\n"
+
+
+CONTROLS = (
+    "required",
+    "requisite",
+    "sufficient",
+    "optional",
+    "[success=done default=bad]",
+    "[default=ok]",
+    "[success=1 default=bad]",
+    "[success=2 default=bad]",
+    "[success=3 default=ignore]",
+    "[success=ignore default=bad]",
+    "[perm_denied=done default=ok]",
+)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_same_lines_are_asked(tmp_path: Path, seed: int) -> None:
+    """Of stacks made up from permits of every control, in includes and substacks; our line is somewhere among them."""
+    choose = random.Random(seed)
+
+    def permits(count: int) -> List[str]:
+        return [f"account {choose.choice(CONTROLS)} pam_permit.so\n" for _ in range(count)]
+
+    compared = 0
+    while compared < 20:
+        for name in ("inner", "outer"):
+            (tmp_path / name).write_text("".join(permits(choose.randint(1, 3))))
+        if choose.random() < 0.5:
+            (tmp_path / "outer").write_text(
+                "".join(permits(1)) + f"account {choose.choice(['include', 'substack'])} {tmp_path}/inner\n"
+            )
+        lines = permits(choose.randint(0, 3))
+        lines.insert(
+            choose.randint(0, len(lines)), f"account {choose.choice(['include', 'substack'])} {tmp_path}/outer\n"
+        )
+        own = target(tmp_path)
+        if choose.random() < 0.3:
+            lines = [*lines, f"account substack {tmp_path}/last\n"]
+            (tmp_path / "last").write_text("".join(permits(1)) + own)
+        else:
+            lines.append(own)
+        text = "".join(lines)
+        (tmp_path / "sshd").write_text(text)
+        stack = lines_of("sshd", tmp_path)
+        line = next(each for each in stack if each.loads("pam_exec.so"))
+        if any(overshoots(each, stack) for each in stack):
+            # Then libpam has refused, and goes on in other ways.
+            continue
+        compared += 1
+        shown = [text, *((tmp_path / name).read_text() for name in ("outer", "inner"))]
+        assert asked(tmp_path) == (reached(line, stack).reach is not Reach.NONE), shown
+
+
+@pytest.mark.parametrize(
+    ("line", "shut"),
+    [
+        ("account required pam_permit.so", False),
+        ("-account optional pam_permit.so", False),
+        ("account REQUIRED pam_permit.so", False),
+        ("account requird pam_permit.so", True),
+        ("account [success=okay default=ignore] pam_permit.so", True),
+        ("account required", True),
+        ("account required pam_permit.so\r", True),
+        ("account include nowhere", True),
+        ("account [success=1 default=ignore] pam_permit.so\naccount required pam_deny.so", False),
+        ("account [success=3 default=ignore] pam_permit.so\naccount required pam_permit.so", True),
+    ],
+)
+def test_the_same_lines_shut_the_service(tmp_path: Path, line: str, shut: bool) -> None:
+    """What the doctor calls a failure is one to libpam, and the other way round."""
+    (tmp_path / "sshd").write_text(f"{line}\n" + "account required pam_permit.so\n", newline="")
+    try:
+        refused = account(tmp_path) != 0
+    except AssertionError:
+        refused = True
+    try:
+        found = list(judge_stack("sshd", tmp_path / "sshd", lines_of("sshd", tmp_path)))
+        said = any(each.grade is Grade.FAILURE for each in found)
+    except OSError:
+        said = True
+    assert (refused, said) == (shut, shut)
+
+
+def test_a_stack_that_there_is_not(tmp_path: Path) -> None:
+    """What is misspelt counts as a line of auth that always fails, and the account phase goes on without it."""
+    (tmp_path / "sshd").write_text("acount required pam_permit.so\naccount required pam_permit.so\n")
+    assert account(tmp_path) == 0
+    found = list(judge_stack("sshd", tmp_path / "sshd", lines_of("sshd", tmp_path)))
+    assert any("a line of auth that always fails" in each.seen for each in found)
+
+
+@pytest.mark.parametrize(
+    ("line", "passes"),
+    [
+        ("account required pam_lost.so", False),
+        ("-account required pam_lost.so", False),
+        ("-account optional pam_lost.so", True),
+        ("account [success=ok module_unknown=ignore default=bad] pam_lost.so", True),
+    ],
+)
+def test_a_module_that_is_missing(tmp_path: Path, line: str, passes: bool) -> None:
+    """The dash only keeps it out of the log; what lets logins in is the control."""
+    (tmp_path / "sshd").write_text(f"{line}\naccount required pam_permit.so\n")
+    assert (account(tmp_path) == 0) == passes
