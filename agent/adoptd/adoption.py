@@ -7,83 +7,31 @@ was not read back in the job. Called by the PAM server and, changing nothing, by
 
 from __future__ import annotations
 
+import copy
+import secrets
 import time
 from dataclasses import dataclass, replace
-from typing import List, Mapping, Optional, Tuple
+from typing import Callable, Mapping, Optional, Tuple, Union
 
+from adoptd import log
 from adoptd.callerid import Asker, AskFault, Told
 from adoptd.deadline import Deadline
-from adoptd.jobs import JobBackend, JobSession
+from adoptd.decision import Decision, Login, Trail, reply_of
+from adoptd.jobs import Adopt, JobBackend, JobSession
 from adoptd.jobs.environment import JobEnvironment
+from adoptd.messages import Texts
 from adoptd.metrics import Metrics
-from adoptd.model import AdoptionFailed, Connection, Job, JobManagerError, Witness
-from adoptd.policy import AFTER_FAILURE, Options, Situation, Step, next_step, situation_of
+from adoptd.model import AdoptdError, AdoptionFailed, Ambiguous, Job, JobFault, JobManagerError
+from adoptd.observed import Observations, Sight, Would
+from adoptd.pam_lines import AccountAlone
+from adoptd.policy import AFTER_FAILURE, Situation, Step, next_step, situation_of
 from adoptd.process import ProcessHandle
-from adoptd.sessions import PendingLogins, Settlement
+from adoptd.sessions import PendingLogins, Sessions, Settlement
 from adoptd.wire.callerid import Outcome
-from adoptd.wire.pam import MESSAGE_BYTES, Mode, PamReply, PamRequest, Phase, Verdict
+from adoptd.wire.pam import Mode, PamReply, PamRequest, Phase
 from adoptd.workers import OutOfTime, Overloaded, Workers
 
-_VERDICTS: Mapping[Step, Verdict] = {
-    Step.SUCCEED: Verdict.SUCCESS,
-    Step.DENY: Verdict.DENY,
-    Step.IGNORE: Verdict.IGNORE,
-}
-
-# Metric label of a decision that leaves the session out of any job.
-_OUTCOMES: Mapping[Step, str] = {Step.SUCCEED: "allowed", Step.DENY: "denied", Step.IGNORE: "ignored"}
-
-# How many job ids a message names before it says "and others": the record's message is 512 bytes.
-_JOBS_NAMED = 5
-
-
-@dataclass(frozen=True)
-class Login:
-    """What is asked about: a user, a connection if it is known, and the options of the PAM line."""
-
-    uid: int
-    user: str
-    connection: Optional[Connection]
-    options: Options
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a decision, for the log and for ``explain``. ``at_ms`` counts from the start."""
-
-    name: str
-    found: str
-    at_ms: float
-
-
-@dataclass(frozen=True)
-class Decision:
-    """How a login ended. ``step`` is SUCCEED, DENY or IGNORE; ``reason`` a value of Step or Situation, or
-    "account_phase" where the session phase followed what that had settled.
-
-    ``job`` is the job the process was adopted into (with ``adopted``), or would be when only explained.
-    ``session`` is what the session is given; whoever takes the decision closes it.
-    """
-
-    step: Step
-    situation: Situation
-    reason: str
-    adopted: bool
-    job: Optional[Job]
-    witness: Optional[Witness]
-    message: str
-    stages: Tuple[Stage, ...]
-    session: Optional[JobSession] = None
-
-    @property
-    def verdict(self) -> Verdict:
-        """What PAM returns."""
-        return _VERDICTS[self.step]
-
-    @property
-    def outcome(self) -> str:
-        """adopted, allowed, denied or ignored: what happened or, where only observed or explained, would have."""
-        return _OUTCOMES[self.step] if self.job is None else "adopted"
+_WOULD: Mapping[str, Would] = {"adopted": Would.ADOPT, "denied": Would.DENY}
 
 
 @dataclass(frozen=True)
@@ -92,22 +40,26 @@ class _Mover:
 
     process: ProcessHandle
     x11: bool
-    namespaces: bool
+    namespaces: Callable[[], bool]
 
 
-class _Trail:
-    """Collects the stages of one decision with their times."""
+class _Look:
+    """What a thread has found out, step by step: the event loop may have to go by it without waiting to the end."""
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._stages: List[Stage] = []
+        self.jobs: Optional[Tuple[Job, ...]] = None
+        self.at_s = 0.0
+        # An adoption that needed no question to anybody: begun, and how it ended.
+        self.tried = False
+        self.session: Optional[JobSession] = None
+        self.error: Optional[AdoptdError] = None
 
-    def add(self, name: str, found: str) -> None:
-        self._stages.append(Stage(name, found, (time.monotonic() - self._started) * 1000.0))
-
-    @property
-    def stages(self) -> Tuple[Stage, ...]:
-        return tuple(self._stages)
+    def take(self) -> Optional[JobSession]:
+        """The result of the adoption, once. Raises what it raised."""
+        self.tried = False
+        if self.error is not None:
+            raise self.error
+        return self.session
 
 
 class Adoptions:
@@ -121,54 +73,127 @@ class Adoptions:
         pending: PendingLogins,
         workers: Workers,
         metrics: Metrics,
+        *,
         environment: Optional[JobEnvironment] = None,
+        sessions: Optional[Sessions] = None,
+        texts: Optional[Texts] = None,
+        observations: Optional[Observations] = None,
+        account_alone: Optional[Callable[[str], bool]] = None,
     ) -> None:
-        """``environment``: what sessions are given of their job's variables; None: nothing."""
-        self._node_name = node_name
+        """``environment``: what sessions are given of their job's variables; None: nothing. ``sessions``: where
+        those adopted are kept; None: nowhere. ``texts``: what users are told; None: by the defaults.
+        ``observations``: who compares in observe mode; None: nobody. ``account_alone``: whether a PAM service has
+        no session line of ours."""
+        self._texts = Texts(node_name, jobs.name) if texts is None else texts
         self._jobs = jobs
         self._asker = asker
         self._pending = pending
         self._workers = workers
         self._metrics = metrics
         self._environment = environment
+        self._sessions = sessions
+        self._observations = observations
+        self._account_alone = AccountAlone() if account_alone is None else account_alone
 
     def at(self, node_name: str) -> Adoptions:
         """These adoptions for the PAM option nodename=; "" is none. Raises JobManagerError."""
         if not node_name:
             return self
-        jobs = self._jobs.for_node(node_name)
-        return Adoptions(
-            self._node_name, jobs, self._asker, self._pending, self._workers, self._metrics, self._environment
-        )
+        those = copy.copy(self)
+        those._jobs = self._jobs.for_node(node_name)
+        return those
 
     async def serve(self, request: PamRequest, process: ProcessHandle, deadline: Deadline) -> Tuple[PamReply, Decision]:
         """The reply for one phase of one login. ``process`` is the caller, as the kernel named it.
 
-        The descriptors of the decision's session go with the reply.
+        The descriptors of the decision's session go with the reply; after it the caller calls :meth:`after_reply`.
         """
         login = Login(request.uid, request.user, request.connection, request.options)
         mover = None
         if request.mode is Mode.ENFORCE:
-            # Only the session phase runs in the process that may be moved to other namespaces.
-            joins = request.join_container and request.phase is Phase.SESSION
-            mover = _Mover(process, x11=not request.disable_x11, namespaces=joins)
+            mover = _Mover(process, x11=not request.disable_x11, namespaces=lambda: self._is_to_join(request))
         if request.phase is Phase.ACCOUNT:
             decision = await self._account(login, mover, deadline)
         else:
             decision = await self._session(login, mover, deadline)
-        self._metrics.adoptions.labels(
-            request.phase.name.lower(), request.mode.name.lower(), decision.outcome, decision.reason
-        ).inc()
-        return _reply(request, decision), decision
+            decision = replace(decision, message=decision.message or self._notice(decision))
+        if request.mode is Mode.OBSERVE and self._observations is not None:
+            await self._observe(self._observations, request, process, decision, deadline)
+        self._keep(request, process, decision)
+        return reply_of(request, decision), decision
+
+    def _is_to_join(self, request: PamRequest) -> bool:
+        # The account phase runs before sshd opens the session, or in a child that is about to end: it joins only where
+        # nothing of ours comes after it.
+        return request.join_container and (request.phase is Phase.SESSION or self._account_alone(request.service))
+
+    async def _observe(
+        self,
+        observations: Observations,
+        request: PamRequest,
+        process: ProcessHandle,
+        decision: Decision,
+        deadline: Deadline,
+    ) -> None:
+        """Compare with where the process is now. It waits for our reply, so it is there to be looked at."""
+        place, fault = None, ""
+        try:
+            place = await self._workers.run(lambda: self._jobs.job_of_process(process.pid), deadline)
+        except (JobManagerError, Ambiguous, OutOfTime, Overloaded) as error:
+            fault = str(error)
+        would = _WOULD.get(decision.outcome, Would.LEAVE_OUT)
+        sight = Sight(request.uid, request.user, request.connection, would, decision.reason, decision.job, place, fault)
+        if request.phase is Phase.ACCOUNT:
+            observations.account(sight)
+        else:
+            observations.session(sight)
+
+    def after_reply(self, request: PamRequest, decision: Decision) -> None:
+        """What a login need not wait for: its counters, and the files by which the next agent knows it."""
+        if self._sessions is not None:
+            self._sessions.write_due()
+        self._pending.write_due()
+        self._metrics.count_adoption(
+            request.phase.name.lower(),
+            request.mode.name.lower(),
+            decision.outcome,
+            decision.reason,
+            decision.witness,
+            decision.story.request_id,
+        )
+        for stage in decision.stages:
+            if stage.fault is not None:
+                self._metrics.count_job_fault(stage.name, stage.fault)
 
     async def explain(self, login: Login, deadline: Deadline) -> Decision:
         """The decision that ``login``'s account phase would get now. Moves nothing, remembers nothing."""
-        return await self._decide(login, None, _Trail(), deadline)
+        return await self._decide(login, None, Trail(""), deadline)
+
+    def _keep(self, request: PamRequest, process: ProcessHandle, decision: Decision) -> None:
+        """Note the session. Without it the login is as right; it is then not watched, nor seen by its user."""
+        if self._sessions is None or decision.job is None or not decision.adopted:
+            return
+        try:
+            self._sessions.add(
+                process,
+                uid=request.uid,
+                user=request.user,
+                job=decision.job,
+                witness=decision.witness,
+                reason=decision.story.because or decision.reason,
+                connection=request.connection,
+                service=request.service,
+                nodename=request.nodename,
+                stages=decision.story.stages,
+                write_now=False,
+            )
+        except OSError as error:
+            log.error("session_not_kept", pid=process.pid, uid=request.uid, error=str(error))
 
     async def _account(self, login: Login, mover: Optional[_Mover], deadline: Deadline) -> Decision:
-        decision = await self._decide(login, mover, _Trail(), deadline)
+        decision = await self._decide(login, mover, Trail(_new_request_id()), deadline)
         if login.connection is not None:
-            settlement = Settlement(decision.step, decision.situation, decision.job, decision.witness)
+            settlement = Settlement(decision.step, decision.situation, decision.job, decision.witness, decision.story)
             self._pending.remember(login.uid, login.connection, settlement)
         return decision
 
@@ -178,15 +203,15 @@ class Adoptions:
         The account phase is the gate. A login that it let through without a job, or that another
         module let in after we refused it, is not turned away here.
         """
-        trail = _Trail()
         settled = None if login.connection is None else self._pending.take(login.uid, login.connection)
+        trail = Trail(_new_request_id(), None if settled is None else settled.story)
         if settled is not None and settled.job is not None:
             trail.add("account_phase", f"job {settled.job.id}")
             try:
                 return await self._adopt_again(settled, settled.job, mover, trail, deadline)
             except (AdoptionFailed, JobManagerError, OutOfTime, Overloaded) as error:
                 # The job ended, or is another one by the same name: everything is open again.
-                trail.add("adopt", f"failed: {error}")
+                trail.add("adopt", f"failed: {error}", _fault_of(error))
                 return await self._decide(login, mover, trail, deadline)
         if settled is not None and settled.situation in (Situation.NO_JOBS, Situation.UNKNOWN, Situation.NAMED_FAILED):
             trail.add("account_phase", f"{settled.situation.value}, not adopted")
@@ -195,11 +220,11 @@ class Adoptions:
         decision = await self._decide(login, mover, trail, deadline)
         if decision.situation is Situation.NO_JOBS and decision.step is Step.DENY:
             trail.add("account_phase", "not known here; it let the user in")
-            return replace(decision, step=Step.IGNORE, message="", stages=trail.stages)
+            return replace(decision, step=Step.IGNORE, message="", stages=trail.stages, story=trail.story())
         return decision
 
     async def _adopt_again(
-        self, settled: Settlement, job: Job, mover: Optional[_Mover], trail: _Trail, deadline: Deadline
+        self, settled: Settlement, job: Job, mover: Optional[_Mover], trail: Trail, deadline: Deadline
     ) -> Decision:
         session = await self._adopt(job, mover, deadline)
         trail.add("adopt", f"in job {job.id}")
@@ -212,13 +237,21 @@ class Adoptions:
             witness=settled.witness,
             message="",
             stages=trail.stages,
+            story=trail.story(),
             session=session,
         )
 
-    async def _decide(self, login: Login, mover: Optional[_Mover], trail: _Trail, deadline: Deadline) -> Decision:
-        jobs = await self._jobs_of(login, trail, deadline)
-        situation = situation_of(None if jobs is None else len(jobs))
-        here = jobs or ()
+    def _notice(self, decision: Decision) -> str:
+        """What the session phase tells the user who is let in."""
+        story = decision.story
+        if decision.job is not None:
+            return self._texts.welcome(decision.job.id, story.because, story.choices)
+        return "" if decision.step is Step.DENY else self._texts.outside(decision.situation)
+
+    async def _decide(self, login: Login, mover: Optional[_Mover], trail: Trail, deadline: Deadline) -> Decision:
+        look = await self._look(login, mover, trail, deadline)
+        situation = situation_of(None if look.jobs is None else len(look.jobs))
+        here = look.jobs or ()
         named: Optional[Job] = None
         told: Optional[Told] = None
         while True:
@@ -226,14 +259,15 @@ class Adoptions:
             if step is Step.ASK_SOURCE:
                 told = await self._ask(login, here, deadline)
                 named = _named_here(told, here)
-                trail.add("ask_source", _words(told, named))
+                foreign = any(job.id == told.job_id and _of_other_cluster(told, job) for job in here)
+                trail.add("ask_source", _words(told, named), JobFault.OTHER_CLUSTER if foreign else None)
                 situation = Situation.UNKNOWN if named is None else Situation.NAMED
             elif step in AFTER_FAILURE:
                 job = named if step is Step.ADOPT_NAMED and named is not None else here[0]
                 try:
-                    session = await self._adopt(job, mover, deadline)
+                    session = look.take() if look.tried else await self._adopt(job, mover, deadline)
                 except (AdoptionFailed, JobManagerError, OutOfTime, Overloaded) as error:
-                    trail.add("adopt", f"job {job.id} failed: {error}")
+                    trail.add("adopt", f"job {job.id} failed: {error}", _fault_of(error))
                     situation = AFTER_FAILURE[step]
                     continue
                 trail.add("adopt", f"in job {job.id}" if mover is not None else f"would be job {job.id}")
@@ -246,19 +280,38 @@ class Adoptions:
                     witness=told.witness if told is not None and step is Step.ADOPT_NAMED else None,
                     message="",
                     stages=trail.stages,
+                    story=trail.story(step.value),
                     session=session,
                 )
             else:
                 return self._finish(step, situation, here, trail)
 
-    async def _jobs_of(self, login: Login, trail: _Trail, deadline: Deadline) -> Optional[Tuple[Job, ...]]:
+    async def _look(self, login: Login, mover: Optional[_Mover], trail: Trail, deadline: Deadline) -> _Look:
+        """The user's jobs here and, where the rules adopt into one at once, that adoption: one trip to a thread."""
+        look = _Look()
+
+        def find_and_adopt() -> None:
+            with self._jobs.here(login.uid, deadline) as here:
+                look.at_s, look.jobs = time.monotonic(), here.jobs
+                if mover is None or next_step(situation_of(len(here.jobs)), login.options) not in AFTER_FAILURE:
+                    return
+                look.tried = True
+                try:
+                    look.session = self._put(mover, here.jobs[0], here.adopt, deadline)
+                except (AdoptionFailed, JobManagerError) as error:
+                    look.error = error
+
         try:
-            jobs = await self._workers.run(lambda: self._jobs.jobs_of(login.uid, deadline), deadline)
+            await self._workers.run(find_and_adopt, deadline)
         except (JobManagerError, OutOfTime, Overloaded) as error:
-            trail.add("jobs_here", f"cannot be asked: {error}")
-            return None
-        trail.add("jobs_here", ", ".join(job.id for job in jobs) or "none")
-        return jobs
+            if look.jobs is None:
+                trail.add("jobs_here", f"cannot be asked: {error}", _fault_of(error))
+                # Or a thread that was given up a moment too early would change what was just said.
+                return _Look()
+            look.error = error
+        trail.choices = tuple(job.id for job in look.jobs or ())
+        trail.add("jobs_here", ", ".join(trail.choices) or "none", at_s=look.at_s)
+        return look
 
     async def _ask(self, login: Login, here: Tuple[Job, ...], deadline: Deadline) -> Told:
         if self._asker is None:
@@ -275,18 +328,17 @@ class Adoptions:
         """
         if mover is None:
             return None
+        return await self._workers.run(lambda: self._put(mover, job, self._jobs.adopt_for_session, deadline), deadline)
 
-        def adopt_and_fetch() -> JobSession:
-            self._jobs.adopt(mover.process, job, deadline)
-            session = self._jobs.session(job, mover.x11, mover.namespaces, deadline)
-            if self._environment is not None:
-                # In both phases: many a site has the account line alone.
-                session.environment = self._environment.added_to(session.environment, self._jobs, job, deadline)
-            return session
+    def _put(self, mover: _Mover, job: Job, adopt: Adopt, deadline: Deadline) -> JobSession:
+        """In a thread: move the process, and what its session is given."""
+        session = adopt(mover.process, job, mover.x11, mover.namespaces(), deadline)
+        if self._environment is not None:
+            # In both phases: many a site has the account line alone.
+            session.environment = self._environment.added_to(session.environment, self._jobs, job, deadline)
+        return session
 
-        return await self._workers.run(adopt_and_fetch, deadline)
-
-    def _finish(self, step: Step, situation: Situation, here: Tuple[Job, ...], trail: _Trail) -> Decision:
+    def _finish(self, step: Step, situation: Situation, here: Tuple[Job, ...], trail: Trail) -> Decision:
         trail.add("decide", f"{situation.value}: {step.value}")
         return Decision(
             step=step,
@@ -295,46 +347,19 @@ class Adoptions:
             adopted=False,
             job=None,
             witness=None,
-            message=self._denial(situation, here) if step is Step.DENY else "",
+            message=self._texts.denial(situation, here, trail.request_id) if step is Step.DENY else "",
             stages=trail.stages,
+            story=trail.story(),
         )
 
-    def _denial(self, situation: Situation, here: Tuple[Job, ...]) -> str:
-        """A sentence for the user: what was refused, why, and what to do."""
-        node = self._node_name
-        if situation is Situation.NO_JOBS:
-            why = f"you have no job running on {node}. Log in to a node on which one of your jobs is running."
-        elif situation is Situation.GENERIC_FAILURE:
-            why = f"the jobs on {node} cannot be looked up at the moment. Try again, or tell your administrator."
-        elif situation is Situation.ADOPT_FAILURE:
-            why = f"the session could not be put into your job on {node}. Try again, or tell your administrator."
-        else:
-            ids = ", ".join(job.id for job in here[:_JOBS_NAMED])
-            more = " and others" if len(here) > _JOBS_NAMED else ""
-            why = (
-                f"you have several jobs on {node} ({ids}{more}) and it could not be found out which of them "
-                "this connection comes from. Connect from inside the job."
-            )
-        return _fitting(f"Access to {node} refused: {why}")
+
+def _fault_of(error: Union[AdoptionFailed, JobManagerError, OutOfTime, Overloaded]) -> JobFault:
+    return error.fault if isinstance(error, (AdoptionFailed, JobManagerError)) else JobFault.OUT_OF_TIME
 
 
-def _reply(request: PamRequest, decision: Decision) -> PamReply:
-    witness = "none" if decision.witness is None else decision.witness.value
-    return PamReply(
-        verdict=decision.verdict,
-        adopted=decision.adopted,
-        job_id="" if decision.job is None else decision.job.id,
-        summary=f"reason={decision.reason} witness={witness}",
-        message=decision.message if request.mode is Mode.ENFORCE else "",
-        environment={} if decision.session is None else decision.session.environment,
-    )
-
-
-def _fitting(message: str) -> str:
-    data = message.encode("utf-8")
-    if len(data) < MESSAGE_BYTES:
-        return message
-    return data[: MESSAGE_BYTES - 4].decode("utf-8", "ignore") + "..."
+def _new_request_id() -> str:
+    """A name for one login in the log, in events and in what the user is told: short enough to be read out."""
+    return secrets.token_hex(4)
 
 
 def _named_here(told: Told, here: Tuple[Job, ...]) -> Optional[Job]:
@@ -345,14 +370,20 @@ def _named_here(told: Told, here: Tuple[Job, ...]) -> Optional[Job]:
         named = told.hint
     else:
         return None
-    return next((job for job in here if job.id == named), None)
+    return next((job for job in here if job.id == named and not _of_other_cluster(told, job)), None)
+
+
+def _of_other_cluster(told: Told, job: Job) -> bool:
+    """Whether the answer names a job of another cluster that has the same id: every cluster counts for itself."""
+    return bool(told.cluster and job.cluster and told.cluster != job.cluster)
 
 
 def _words(told: Told, named: Optional[Job]) -> str:
     if named is not None and told.witness is not None:
         return f"job {named.id} by {told.witness.value}"
     if told.outcome is Outcome.JOB:
-        return f"job {told.job_id}, which is not a job of this user here"
+        of_cluster = f" of cluster {told.cluster}" if told.cluster else ""
+        return f"job {told.job_id}{of_cluster}, which is not a job of this user here"
     if told.hint is not None:
         return f"{told.outcome.value}: hint of job {told.hint}, which is not a job of this user here"
     return f"{told.outcome.value}: {told.reason}" + (f" ({told.detail})" if told.detail else "")

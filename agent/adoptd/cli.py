@@ -1,9 +1,10 @@
 """The two commands: ``adoptd`` for the service and its node, ``adoptctl`` for people.
 
-Owns arguments, output and exit statuses: 0 done, whatever whois or explain answered; 1 it failed, or the
-probe is not sound; 2 the command line or the configuration is wrong. doctor's is its worst finding's: 1 a
-warning, 2 a failure. With ``--json`` one JSON document goes to standard output and nothing else; what
-failed is said on standard error.
+Owns arguments, output and exit statuses: 0 done, whatever whois or explain answered; 1 it failed (join: also for
+some of the processes only; watch: the agent has gone), or the probe is not sound; 2 the command line or the
+configuration is wrong; 130 interrupted. doctor's is its worst finding's: 1 a warning, 2 a failure. With ``--json``
+one JSON document, watch's one per line, goes to standard output and nothing else; what failed is said on standard
+error.
 """
 
 from __future__ import annotations
@@ -12,24 +13,50 @@ import argparse
 import dataclasses
 import json
 import os
-import pwd
+import re
+import shutil
+import socket
 import sys
 from pathlib import Path
-from typing import Callable, List, Mapping, Optional, Sequence
+from typing import Callable, Mapping, Optional, Sequence
 
-from adoptd import __version__, config, doctor, probe
-from adoptd.client import AgentError, ask_agent
+from adoptd import __version__, config, log, probe
+from adoptd.client import AgentError, ask_agent, follow_agent
 from adoptd.config import DEFAULT_FILE
+from adoptd.events import EventKind
 from adoptd.model import AdoptdError, ConfigError, Endpoint, ProbeError
 from adoptd.pam_lines import MODULE, PAM_DIRECTORY, PamLine, adopt_lines, wrong_options
+from adoptd.printing import (
+    event_line,
+    print_explained,
+    print_fields,
+    print_jobs,
+    print_joined,
+    print_sessions,
+    print_whereami,
+)
 from adoptd.wire.control import Command, Result
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+# Two rounds of checks, one after the other: under 10 s in all.
+DOCTOR_S = 4.5
 
 
 def adoptd_main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run ``adoptd``; the exit status."""
+    return _carry_out(adoptd_parser().parse_args(arguments))
+
+
+def adoptctl_main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run ``adoptctl``; the exit status."""
+    return _carry_out(adoptctl_parser().parse_args(arguments))
+
+
+def adoptd_parser() -> argparse.ArgumentParser:
+    """All that ``adoptd`` takes; the manual page and the completions are made from it."""
     parser = argparse.ArgumentParser(prog="adoptd", description="Puts ssh sessions into the batch job they came from.")
     parser.add_argument("--version", action="version", version=f"adoptd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -38,56 +65,93 @@ def adoptd_main(arguments: Optional[Sequence[str]] = None) -> int:
     run.set_defaults(carry_out=_run)
 
     loaded = commands.add_parser("probe", help="load, unload or look at the BPF probe")
-    loaded.add_argument("action", choices=("load", "unload", "status"))
+    loaded.add_argument("action", choices=("load", "unload", "status"), help="what to do with it")
     loaded.add_argument("--json", action="store_true", help="print one JSON document")
     loaded.set_defaults(carry_out=_probe)
 
     settings = commands.add_parser("config", help="check the configuration, or show the one in force")
-    settings.add_argument("action", choices=("check", "show"))
+    settings.add_argument("action", choices=("check", "show"), help="say what is wrong, or print all keys")
     settings.set_defaults(carry_out=_config)
 
     examine = commands.add_parser("doctor", help="say whether logins on this node will do what is expected")
     examine.add_argument("--json", action="store_true", help="print one JSON document")
     examine.add_argument("--service", default="sshd", help="the PAM service to look at (default: %(default)s)")
+    examine.add_argument(
+        "--peer", action="append", metavar="NODE", help="ask the agent of this node, too; may be repeated"
+    )
+    examine.add_argument(
+        "--deep", action="store_true", help="also adopt a process of our own into a job, and load a probe for trial"
+    )
+    examine.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=DOCTOR_S,
+        metavar="SECONDS",
+        help="when a check is given up, of this node and then of peers (default: %(default)s)",
+    )
     examine.set_defaults(carry_out=_doctor)
 
     for command in (run, loaded, settings, examine):
-        command.add_argument("--config", type=Path, default=DEFAULT_FILE, help="default: %(default)s")
-    return _carry_out(parser.parse_args(arguments))
+        command.add_argument("--config", type=Path, default=DEFAULT_FILE, help="configuration (default: %(default)s)")
+    return parser
 
 
-def adoptctl_main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Run ``adoptctl``; the exit status."""
+def adoptctl_parser() -> argparse.ArgumentParser:
+    """All that ``adoptctl`` takes; the manual page and the completions are made from it."""
     parser = argparse.ArgumentParser(prog="adoptctl", description="Asks the adoptd agent of this node.")
     parser.add_argument("--version", action="version", version=f"adoptctl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     status = commands.add_parser("status", help="how the agent is")
-    status.set_defaults(carry_out=_ask(lambda given: Command("status", {}), _print_fields))
+    status.set_defaults(carry_out=_ask(lambda given: Command("status", {}), print_fields))
 
     jobs = commands.add_parser("jobs", help="the jobs on this node (root: everybody's)")
-    jobs.set_defaults(carry_out=_ask(lambda given: Command("jobs", {}), _print_jobs))
+    jobs.set_defaults(carry_out=_ask(lambda given: Command("jobs", {}), print_jobs))
 
     whois = commands.add_parser("whois", help="which job owns a TCP connection")
     whois.add_argument("source", type=_endpoint, help="the end that called connect(): IP:PORT or [IPV6]:PORT")
     whois.add_argument("destination", type=_endpoint, help="the other end")
     whois.add_argument("--at", metavar="NODE", help="ask the agent of this node (default: this one)")
-    whois.set_defaults(carry_out=_ask(_whois_command, _print_fields))
+    whois.set_defaults(carry_out=_ask(_whois_command, print_fields))
 
-    explain = commands.add_parser("explain", help="the decision a login would get now, stage by stage")
-    explain.add_argument("--user", required=True)
+    sessions = commands.add_parser("sessions", help="the sessions in jobs of this node (root: everybody's)")
+    sessions.set_defaults(carry_out=_ask(lambda given: Command("sessions", {}), print_sessions))
+
+    explain = commands.add_parser(
+        "explain", help="why a session is in its job, or the decision a login would get now, stage by stage"
+    )
+    what = explain.add_mutually_exclusive_group(required=True)
+    what.add_argument("session", nargs="?", metavar="SESSION_OR_PID", help="a session, or a process of one")
+    what.add_argument("--user", help="who would log in")
     explain.add_argument("--from", dest="source", type=_endpoint, metavar="IP:PORT", help="the ssh client's end")
     explain.add_argument("--to", type=_endpoint, metavar="IP:PORT", help="sshd's end (default: port 22 here)")
     explain.add_argument(
         "--option", action="append", metavar="NAME=VALUE", help="a PAM option (default: those of the PAM service sshd)"
     )
-    explain.set_defaults(carry_out=_ask(_explain_command, _print_explained))
+    explain.set_defaults(carry_out=_ask(_explain_command, print_explained))
 
-    for command in (status, jobs, whois, explain):
+    whereami = commands.add_parser("whereami", help="the job that this very process is in, its limits and its use")
+    whereami.set_defaults(carry_out=_ask(lambda given: Command("whereami", {}), print_whereami))
+
+    join = commands.add_parser("join", help="move this session into another of your jobs on this node")
+    join.add_argument("job", metavar="JOB", help="the job to move to")
+    join.add_argument("--session", metavar="ID", help="root only: move this session instead of one's own")
+    join.set_defaults(carry_out=_join)
+
+    watch = commands.add_parser("watch", help="what happens as it happens, until interrupted (root: everybody's)")
+    watch.add_argument(
+        "--kind", action="append", choices=[kind.value for kind in EventKind], help="only these; may be repeated"
+    )
+    watch.add_argument("--user", help="only what is about this user")
+    watch.add_argument("--json", action="store_true", help="print one JSON document per line")
+    watch.set_defaults(carry_out=_watch)
+
+    for command in (status, jobs, whois, sessions, explain, whereami, join):
         command.add_argument("--json", action="store_true", help="print one JSON document")
+    for command in (status, jobs, whois, sessions, explain, whereami, join, watch):
         command.add_argument("--socket", help="the agent's socket for users (default: that of the configuration)")
-        command.add_argument("--config", type=Path, default=DEFAULT_FILE, help="default: %(default)s")
-    return _carry_out(parser.parse_args(arguments))
+        command.add_argument("--config", type=Path, default=DEFAULT_FILE, help="configuration (default: %(default)s)")
+    return parser
 
 
 def _carry_out(given: argparse.Namespace) -> int:
@@ -100,6 +164,9 @@ def _carry_out(given: argparse.Namespace) -> int:
     except AdoptdError as error:
         print(f"{given.command}: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        # As a shell shows a command that SIGINT ended. watch has no other end.
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (| head): not an error, and nothing to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -137,7 +204,7 @@ def _probe(given: argparse.Namespace) -> int:
     if given.json:
         _print_json(shown)
     else:
-        _print_fields(shown)
+        print_fields(shown)
     return 0 if self_test == "ok" else EXIT_FAILED
 
 
@@ -160,22 +227,16 @@ def _config(given: argparse.Namespace) -> int:
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    findings = doctor.examine(given.config, PAM_DIRECTORY, given.service)
+    # Imported here: what looks at everything is not to be in the agent's memory.
+    from adoptd import doctor
+    from adoptd.doctor.shown import as_json, as_lines
+
+    log.silence()
+    findings = doctor.examine(given.config, PAM_DIRECTORY, given.service, given.peer or (), given.deep, given.timeout)
     if given.json:
-        _print_json(
-            {
-                "findings": [
-                    {"check": f.check, "grade": f.grade.name.lower(), "seen": f.seen, "remedy": f.remedy}
-                    for f in findings
-                ],
-                "worst": doctor.worst(findings).name.lower(),
-            }
-        )
+        _print_json(as_json(findings))
     else:
-        for finding in findings:
-            print(f"{finding.grade.name.lower():8} {finding.check:14} {finding.seen}")
-            if finding.remedy:
-                print(f"{'':23} -> {finding.remedy}")
+        print("\n".join(as_lines(findings, shutil.get_terminal_size((120, 50)).columns)))
     return doctor.worst(findings).value
 
 
@@ -193,6 +254,26 @@ def _ask(
     return carry_out
 
 
+def _join(given: argparse.Namespace) -> int:
+    arguments = {"job": given.job, "session": given.session}
+    result = ask_agent(_socket(given), Command("join", {name: value for name, value in arguments.items() if value}))
+    if given.json:
+        _print_json(result)
+    else:
+        print_joined(result)
+    return EXIT_FAILED if result["left"] else 0
+
+
+def _watch(given: argparse.Namespace) -> int:
+    arguments = {"kinds": ",".join(given.kind or ()), "user": given.user}
+    command = Command("watch", {name: value for name, value in arguments.items() if value})
+    for event in follow_agent(_socket(given), command, sys.stdout.fileno()):
+        line = json.dumps(event) if given.json else event_line(event)
+        if line and "watching" not in event:
+            print(line, flush=True)
+    return EXIT_FAILED
+
+
 def _socket(given: argparse.Namespace) -> str:
     if given.socket:
         return str(given.socket)
@@ -208,12 +289,26 @@ def _socket(given: argparse.Namespace) -> str:
 def _whois_command(given: argparse.Namespace) -> Command:
     arguments = {"source": given.source, "destination": given.destination}
     if given.at:
-        arguments["at"] = given.at
+        arguments["at"] = given.at if os.geteuid() == 0 else _address_of(given.at, given.source.startswith("["))
     return Command("whois", arguments)
 
 
+def _address_of(host: str, is_version_6: bool) -> str:
+    """The agent looks up names for root alone. Raises AdoptdError."""
+    family = socket.AF_INET6 if is_version_6 else socket.AF_INET
+    try:
+        found = socket.getaddrinfo(host, None, family=family, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise AdoptdError(f"{host!r} has no IPv{6 if is_version_6 else 4} address ({error})") from None
+    return str(found[0][4][0]).partition("%")[0]
+
+
 def _explain_command(given: argparse.Namespace) -> Command:
-    arguments = {"user": given.user, "from": given.source, "to": given.to, "options": " ".join(_pam_options(given))}
+    arguments = {"session": given.session, "user": given.user, "from": given.source, "to": given.to}
+    if given.user:
+        arguments["options"] = " ".join(_pam_options(given))
+    elif given.source or given.to or given.option:
+        raise ConfigError("--from, --to and --option go with --user: a session is explained as it was decided")
     return Command("explain", {name: value for name, value in arguments.items() if value})
 
 
@@ -222,7 +317,7 @@ def _pam_options(given: argparse.Namespace) -> Sequence[str]:
         typed = PamLine(Path("--option"), 1, "account", "required", MODULE, tuple(given.option))
         for fault in wrong_options(typed):
             raise ConfigError(f"--option: {fault}")
-        return typed.options
+        return typed.words
     try:
         lines = [line for line in adopt_lines("sshd") if line.kind == "account"]
     except OSError:
@@ -231,8 +326,14 @@ def _pam_options(given: argparse.Namespace) -> Sequence[str]:
         faults = wrong_options(line)
         if faults:
             raise AgentError(f"{line}: {faults[0]}; until it is right, only root can log in")
-        return line.options
+        return line.words
     return ()
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,3})?", text) or not 1 <= float(text) <= 300:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 300")
+    return float(text)
 
 
 def _endpoint(text: str) -> str:
@@ -244,34 +345,3 @@ def _endpoint(text: str) -> str:
 
 def _print_json(value: Mapping[str, object]) -> None:
     print(json.dumps(value, indent=2))
-
-
-def _print_fields(result: Result, indent: str = "") -> None:
-    for name, value in result.items():
-        if isinstance(value, dict):
-            print(f"{indent}{name}:")
-            _print_fields(value, indent + "  ")
-        elif value not in (None, ""):
-            print(f"{indent}{name + ':':24} {value}")
-
-
-def _print_jobs(result: Result) -> None:
-    rows: List[object] = result["jobs"] if isinstance(result["jobs"], list) else []
-    print(f"{'JOB':20} USER")
-    for row in rows:
-        if isinstance(row, dict):
-            print(f"{row['job']:20} {_user_name(row['uid'])}")
-
-
-def _print_explained(result: Result) -> None:
-    stages = result.pop("stages")
-    for stage in stages if isinstance(stages, list) else []:
-        print(f"{stage['at_ms']:8.2f} ms  {stage['stage']:14} {stage['found']}")
-    _print_fields(result)
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

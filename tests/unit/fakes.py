@@ -7,17 +7,19 @@ it was told at construction, and notes what it was asked.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import ipaddress
 import os
 import struct
 import threading
 import time
-from typing import Awaitable, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Awaitable, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from adoptd.callerid import Asker, Told
 from adoptd.connections import ConnectionWitness
 from adoptd.deadline import Deadline
-from adoptd.jobs import CgroupFinding, CgroupVerdict, JobBackend, JobSession
+from adoptd.jobs import CgroupFinding, CgroupVerdict, JobBackend, JobSession, JobsHere
 from adoptd.metrics import Metrics
 from adoptd.model import AdoptionFailed, Connection, Endpoint, IPAddress, Job, JobManagerError, Owner, Witness
 from adoptd.process import ProcessHandle
@@ -73,6 +75,7 @@ class FakeBackend:
         self.of_process: Dict[int, Union[Job, Exception]] = {}
         self.of_cgroup: Dict[int, CgroupVerdict] = {}
         self.environment: Dict[str, str] = {"SLURM_JOB_ID": "{job}"}
+        self.cgroups: Dict[int, str] = {}
         self.display: Optional[str] = None
         self.namespaces: Optional[Sequence[str]] = ()
         self.nodes: Dict[str, FakeBackend] = {}
@@ -87,6 +90,10 @@ class FakeBackend:
         self._answering(deadline)
         return tuple(j for j in self.jobs if j.uid == uid)
 
+    @contextlib.contextmanager
+    def here(self, uid: int, deadline: Deadline) -> Iterator[JobsHere]:
+        yield JobsHere(self.jobs_of(uid, deadline), self.adopt_for_session)
+
     def all_jobs(self, deadline: Deadline) -> Tuple[Job, ...]:
         self._answering(deadline)
         return tuple(self.jobs)
@@ -98,9 +105,15 @@ class FakeBackend:
             raise found
         return found
 
-    def job_of_cgroup(self, cgroup_id: int) -> CgroupVerdict:
+    def job_of_cgroup(self, cgroup_id: int, pid: Optional[int] = None) -> CgroupVerdict:
         self._answering()
-        return self.of_cgroup.get(cgroup_id, CgroupVerdict(CgroupFinding.CANNOT_TELL, "not known"))
+        verdict = self.of_cgroup.get(cgroup_id, CgroupVerdict(CgroupFinding.CANNOT_TELL, "not known"))
+        if verdict.job is None or pid is None:
+            return verdict
+        return dataclasses.replace(verdict, holds=self.of_process.get(pid) == verdict.job)
+
+    def job_cgroups(self, where: Mapping[int, str]) -> Mapping[int, str]:
+        return self.cgroups
 
     def adopt(self, process: ProcessHandle, job: Job, deadline: Deadline) -> None:
         self.tried.append(job.id)
@@ -111,6 +124,12 @@ class FakeBackend:
         if job not in self.jobs:
             raise AdoptionFailed(f"job {job.id} is gone")
         self.adopted[process.pid] = job
+
+    def adopt_for_session(
+        self, process: ProcessHandle, job: Job, x11: bool, namespaces: bool, deadline: Deadline
+    ) -> JobSession:
+        self.adopt(process, job, deadline)
+        return self.session(job, x11, namespaces, deadline)
 
     def contains(self, job: Job, pid: int) -> bool:
         self._answering()
@@ -168,6 +187,7 @@ class FakeSeal:
     def __init__(self, uid: int = 0, may_block: bool = False) -> None:
         self.uid = uid
         self.may_block = may_block
+        self.identity: Tuple[object, ...] = (uid,)
         self.open_fault: Optional[SealFault] = None
         self.seal_fault: Optional[SealFault] = None
         self.hang: Optional[threading.Event] = None

@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import threading
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import pytest
-from fakes import ALICE, BOB, FakeAsker, FakeBackend, connection, job, sample, soon
+from fakes import ALICE, BOB, FakeAsker, FakeBackend, connection, job, soon
 
-from adoptd.adoption import Adoptions, Decision, Login
+from adoptd.adoption import Adoptions
 from adoptd.callerid import Asker, AskFault, Told
 from adoptd.deadline import Deadline
+from adoptd.decision import Decision, Login
 from adoptd.metrics import Metrics
-from adoptd.model import Connection, Job, Witness
+from adoptd.model import Connection, Job, JobFault, Witness
 from adoptd.policy import Action, Options, Situation, Step
 from adoptd.process import ProcessHandle, open_process
-from adoptd.sessions import PendingLogins
+from adoptd.sessions import PendingLogins, Sessions
 from adoptd.wire.callerid import Outcome
 from adoptd.wire.pam import MESSAGE_BYTES, Mode, PamReply, PamRequest, Phase, Verdict, encode_reply
 from adoptd.workers import Workers
@@ -46,6 +48,10 @@ class Served:
     def job(self) -> Optional[str]:
         return None if self.decision.job is None else self.decision.job.id
 
+    @property
+    def summary(self) -> str:
+        return self.reply.summary.partition(" request=")[0]
+
 
 class Node:
     """A destination node whose sshd is this test process."""
@@ -58,7 +64,10 @@ class Node:
         self.workers = Workers("jobs", 2, 8)
         self.metrics = Metrics()
         asker: Optional[Asker] = self.asker  # type: ignore[assignment]
-        self.adoptions = Adoptions(name, self.backend, asker, self.pending, self.workers, self.metrics)
+        self.sessions = Sessions(lambda: self.now)
+        self.adoptions = Adoptions(
+            name, self.backend, asker, self.pending, self.workers, self.metrics, sessions=self.sessions
+        )
 
     def serve(
         self,
@@ -73,10 +82,14 @@ class Node:
 
         async def story() -> Tuple[PamReply, Decision]:
             with open_process(os.getpid()) as process:
-                return await self.adoptions.serve(request, process, Deadline.after_ms(ms))
+                reply, decision = await self.adoptions.serve(request, process, Deadline.after_ms(ms))
+            self.adoptions.after_reply(request, decision)
+            return reply, decision
 
         reply, decision = asyncio.run(story())
         encode_reply(reply)  # whatever is decided fits the record
+        assert re.fullmatch("[0-9a-f]{8}", decision.story.request_id)
+        assert reply.summary.endswith(f" request={decision.story.request_id}")
         assert reply.adopted == decision.adopted
         assert not (reply.adopted and reply.verdict is not Verdict.SUCCESS)
         return Served(reply, decision)
@@ -93,15 +106,14 @@ class Node:
         return None if found is None else found.id
 
     def counted(self, phase: str, outcome: str, reason: str, mode: str = "enforce") -> float:
-        return sample(self.metrics, "adoptd_adoptions_total", phase=phase, mode=mode, outcome=outcome, reason=reason)
-
-
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    """What a hanging job manager waits for; opened at the end of every test."""
-    event = threading.Event()
-    yield event
-    event.set()
+        """Whoever named the job."""
+        wanted = {"phase": phase, "mode": mode, "outcome": outcome, "reason": reason}
+        return sum(
+            found.value
+            for family in self.metrics.registry.collect()
+            for found in family.samples
+            if found.name == "adoptd_adoptions_total" and wanted.items() <= found.labels.items()
+        )
 
 
 # ---- the account phase: who is not let in, and why
@@ -113,9 +125,10 @@ def test_no_job_is_denied_with_a_sentence() -> None:
     served = node.account()
     assert served.verdict is Verdict.DENY
     assert served.reply.message == (
-        "Access to n1 refused: you have no job running on n1. Log in to a node on which one of your jobs is running."
+        "Access to n1 refused: you have no job running on n1. Log in to a node on which one of your jobs is running. "
+        f"[request {served.decision.story.request_id}]"
     )
-    assert served.reply.summary == "reason=no_jobs witness=none"
+    assert served.summary == "reason=no_jobs witness=none"
     assert (served.reply.job_id, served.reply.environment, node.moved_to) == ("", {}, None)
     assert node.counted("account", "denied", "no_jobs") == 1
 
@@ -220,7 +233,7 @@ def test_a_hint_of_the_user_s_job_here() -> None:
     node = Node(OLD, NEW, told=Told(Outcome.NO_JOB, "owner", witness=Witness.HINT, hint="17"))
     served = node.account(Options(action_unknown=DENY))
     assert (served.verdict, node.moved_to) == (Verdict.SUCCESS, "17")
-    assert served.reply.summary == "reason=callerid witness=hint"
+    assert served.summary == "reason=callerid witness=hint"
     assert served.decision.stages[1].found == "job 17 by hint"
 
 
@@ -238,7 +251,7 @@ def test_the_only_job_cannot_be_had(action: Action, verdict: Verdict) -> None:
     node.backend.cannot_adopt["17"] = "frozen"
     served = node.account(Options(action_adopt_failure=action))
     assert (served.verdict, served.reply.adopted, served.reply.job_id) == (verdict, False, "")
-    assert served.reply.summary == "reason=adopt_failure witness=none"
+    assert served.summary == "reason=adopt_failure witness=none"
     assert ("could not be put into your job" in served.reply.message) == (action is DENY)
     assert [s.found for s in served.decision.stages if s.name == "adopt"] == ["job 17 failed: frozen"]
     assert node.counted("account", {DENY: "denied", ALLOW: "allowed"}[action], "adopt_failure") == 1
@@ -286,7 +299,7 @@ def test_the_only_job_without_asking() -> None:
     served = node.account()
     assert (served.verdict, served.reply.adopted, served.reply.job_id) == (Verdict.SUCCESS, True, "17")
     assert served.reply.environment == {"SLURM_JOB_ID": "17"}
-    assert served.reply.summary == "reason=only_job witness=none"
+    assert served.summary == "reason=only_job witness=none"
     assert node.asker is not None
     assert node.asker.asked == []
     assert node.moved_to == "17"
@@ -298,7 +311,7 @@ def test_the_only_job_with_asking() -> None:
     node = Node(OLD, told=Told(Outcome.JOB, "owner", "99", Witness.BPF))
     assert node.account(Options(single_job_skip_rpc=False, action_unknown=DENY)).verdict is Verdict.DENY
     node = Node(OLD, told=NAMES_OLD)
-    assert node.account(Options(single_job_skip_rpc=False)).reply.summary == "reason=callerid witness=bpf"
+    assert node.account(Options(single_job_skip_rpc=False)).summary == "reason=callerid witness=bpf"
 
 
 def test_the_job_that_the_source_names() -> None:
@@ -306,7 +319,7 @@ def test_the_job_that_the_source_names() -> None:
     node = Node(OLD, NEW, told=NAMES_OLD)
     served = node.account()
     assert (served.verdict, node.moved_to) == (Verdict.SUCCESS, "17")
-    assert served.reply.summary == "reason=callerid witness=bpf"
+    assert served.summary == "reason=callerid witness=bpf"
     assert node.asker is not None
     assert node.asker.asked == [(ENDS, ALICE, None)]
     assert node.asker.theirs == {"17", "18"}
@@ -318,7 +331,7 @@ def test_the_newest_when_unknown() -> None:
     """The default: the backend's first."""
     node = Node(OLD, NEW)
     served = node.account()
-    assert (node.moved_to, served.reply.summary) == ("18", "reason=newest witness=none")
+    assert (node.moved_to, served.summary) == ("18", "reason=newest witness=none")
 
 
 def test_unknown_allowed() -> None:
@@ -342,7 +355,7 @@ def test_the_session_follows_the_account_phase() -> None:
     node.asker.told = UNKNOWN
     served = node.session()
     assert (served.verdict, served.reply.adopted, node.moved_to) == (Verdict.SUCCESS, True, "17")
-    assert served.reply.summary == "reason=account_phase witness=bpf"
+    assert served.summary == "reason=account_phase witness=bpf"
     assert len(node.asker.asked) == 1
     assert node.counted("session", "adopted", "account_phase") == 1
 
@@ -463,6 +476,33 @@ def test_a_failed_account_adoption_is_tried_again() -> None:
     assert (node.session().reply.adopted, node.moved_to) == (True, "17")
 
 
+def test_an_adoption_that_is_given_up_is_no_generic_failure(gate: threading.Event) -> None:
+    """Jobs and adoption are one trip to a thread: what is known of it at the deadline says which of the two hangs."""
+    node = Node(OLD)
+    adopt = node.backend.adopt
+
+    def hanging(process: ProcessHandle, job: Job, deadline: Deadline) -> None:
+        gate.wait(5.0)
+        adopt(process, job, deadline)
+
+    node.backend.adopt = hanging  # type: ignore[method-assign]
+    served = node.account(Options(action_adopt_failure=DENY, action_generic_failure=ALLOW), ms=100.0)
+    assert (served.verdict, served.decision.situation) == (Verdict.DENY, Situation.ADOPT_FAILURE)
+    assert [stage.name for stage in served.decision.stages] == ["jobs_here", "adopt", "decide"]
+    assert served.decision.stages[0].found == "17"
+    assert served.decision.faults == (JobFault.OUT_OF_TIME,)
+
+
+def test_what_is_explained_or_observed_moves_nothing_on_the_way() -> None:
+    """The thread that finds the only job adopts into it where it is to, and only there."""
+    node = Node(OLD)
+    assert node.account(mode=Mode.OBSERVE).decision.outcome == "adopted"
+    assert asyncio.run(node.adoptions.explain(Login(ALICE, "alice", ENDS, Options()), soon())).job == OLD
+    assert node.backend.tried == []
+    assert node.account().job == "17"
+    assert node.backend.tried == ["17"]
+
+
 # ---- observing and explaining change nothing
 
 
@@ -483,7 +523,7 @@ def test_observing_says_what_it_would_have_done() -> None:
     """The job, the reason and the witness, as in earnest."""
     served = Node(OLD, NEW, told=NAMES_OLD).account(mode=Mode.OBSERVE)
     assert (served.decision.outcome, served.reply.job_id) == ("adopted", "17")
-    assert served.reply.summary == "reason=callerid witness=bpf"
+    assert served.summary == "reason=callerid witness=bpf"
     assert served.decision.stages[-1].found == "would be job 17"
 
 
@@ -519,8 +559,8 @@ def test_five_of_many_jobs_are_named() -> None:
     """A user with a thousand jobs gets a sentence, not a list."""
     node = Node(*(job(str(n), created=n, identity=(n,)) for n in range(100, 1100)))
     message = node.account(Options(action_unknown=DENY)).reply.message
-    assert "(1099, 1098, 1097, 1096, 1095 and others)" in message
-    assert message.endswith("Connect from inside the job.")
+    assert "(1099, 1098, 1097, 1096, 1095 and 995 more)" in message
+    assert "Connect from inside the job." in message
 
 
 def test_every_label_is_of_a_closed_set() -> None:
@@ -574,6 +614,31 @@ def test_what_a_session_is_given() -> None:
         os.fstat(descriptor)
 
 
+def test_an_account_line_alone_gives_the_namespaces() -> None:
+    """Where the service has no session line of ours, the account phase has to; never where the PAM line says no."""
+    node = Node(OLD)
+    node.backend.namespaces = ["/proc/self/ns/net"]
+    asker: Optional[Asker] = node.asker  # type: ignore[assignment]
+    services: List[str] = []
+    node.adoptions = Adoptions(
+        "n1",
+        node.backend,
+        asker,
+        node.pending,
+        node.workers,
+        node.metrics,
+        account_alone=lambda service: bool(services.append(service)) or service == "sshd",
+    )
+    session = node.account().decision.session
+    assert session is not None
+    assert len(session.descriptors) == 1
+    session.close()
+    assert services == ["sshd"]
+    # Without them such a session is not in its job.
+    node.backend.namespaces = None
+    assert not node.account().reply.adopted
+
+
 def test_nodename_chooses_the_node() -> None:
     """PAM's nodename= asks the jobs of that node, and of no other."""
     node = Node(OLD)
@@ -594,3 +659,118 @@ def test_the_handle_names_the_caller() -> None:
     node.adoptions = Adoptions("n1", Noting(OLD), None, node.pending, node.workers, node.metrics)
     node.account()
     assert [process.pid for process in moved] == [os.getpid()]
+
+
+# ---- what the user is told, and what is remembered of the way
+
+
+NAMES_JOB = "This session is in job 17 on n1: your connection came from it. Also yours here: 18"
+
+
+def test_the_session_phase_tells_once_which_job_and_why() -> None:
+    """Not the account phase: sshd would make a banner of it, for scp and rsync as well."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    assert node.account().reply.message == ""
+    told = node.session()
+    assert told.reply.message.startswith(NAMES_JOB)
+    assert told.verdict is Verdict.SUCCESS
+
+
+def test_no_choice_no_notice() -> None:
+    """One job, or none: nothing is said by default."""
+    for jobs in ((OLD,), ()):
+        node = Node(*jobs)
+        node.account(Options(action_no_jobs=IGNORE))
+        assert node.session(Options(action_no_jobs=IGNORE)).reply.message == ""
+
+
+def test_a_session_let_in_without_a_job_is_told_so() -> None:
+    """Where there were several to choose from."""
+    node = Node(OLD, NEW)
+    node.account(Options(action_unknown=ALLOW))
+    message = node.session(Options(action_unknown=ALLOW)).reply.message
+    assert message.startswith("This session is in no job on n1: which of yours")
+
+
+def test_observing_tells_nobody_anything() -> None:
+    """Neither a notice nor a denial."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    node.account(mode=Mode.OBSERVE)
+    assert node.session(mode=Mode.OBSERVE).reply.message == ""
+    assert Node(job("7", BOB)).account(mode=Mode.OBSERVE).reply.message == ""
+
+
+def test_both_phases_of_a_login_are_one_request_and_one_story() -> None:
+    """The session phase goes on where the account phase ended, times included; another login is another request."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    account, session = node.account().decision.story, node.session().decision.story
+    assert session.request_id == account.request_id
+    assert (account.because, session.because) == ("callerid", "callerid")
+    assert set(session.choices) == {"17", "18"}
+    names = [name for name, _, _ in session.stages]
+    assert names == ["jobs_here", "ask_source", "adopt", "account_phase", "adopt"]
+    times = [at_ms for _, _, at_ms in session.stages]
+    assert times == sorted(times)
+    assert session.stages[:3] == account.stages
+    assert node.account().decision.story.request_id != account.request_id
+
+
+def test_a_session_that_has_to_be_decided_anew_says_the_new_reason() -> None:
+    """The job of the account phase has gone: what is told and remembered is why it is in the other."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    node.account()
+    node.backend.jobs.remove(OLD)
+    served = node.session()
+    assert (served.job, served.decision.story.because, served.decision.story.choices) == ("18", "only_job", ("18",))
+    assert served.reply.message == ""
+
+
+def test_an_explained_denial_is_no_request() -> None:
+    """There is nothing in the log to quote it for."""
+    decision = asyncio.run(Node().adoptions.explain(Login(ALICE, "alice", ENDS, Options()), soon()))
+    assert decision.step is Step.DENY
+    assert "[request" not in decision.message
+
+
+# ---- which sessions there are, afterwards
+
+
+def test_who_was_not_adopted_is_no_session() -> None:
+    """Denied, let in without a job, or only observed."""
+    for node, mode in (
+        (Node(), Mode.ENFORCE),
+        (Node(OLD, NEW), Mode.ENFORCE),
+        (Node(OLD), Mode.OBSERVE),
+    ):
+        options = Options(action_unknown=ALLOW)
+        assert not node.serve(Phase.ACCOUNT, options, mode=mode).decision.adopted
+        node.serve(Phase.SESSION, options, mode=mode)
+        assert node.sessions.all() == ()
+
+
+def test_who_was_adopted_is_a_session() -> None:
+    """With all that was known; the session phase in the same process is the same session."""
+    node = Node(OLD, NEW, told=NAMES_OLD)
+    node.account()
+    (first,) = node.sessions.all()
+    assert (first.pid, first.uid, first.user, first.job) == (os.getpid(), ALICE, "alice", OLD)
+    assert (first.witness, first.reason, first.connection) == (Witness.BPF, "callerid", ENDS)
+    assert (first.service, first.since_s) == ("sshd", 1000.0)
+    assert "ask_source" in [name for name, _, _ in first.stages]
+    node.now = 1001.0
+    node.session()
+    (second,) = node.sessions.all()
+    assert (second.id, second.job, second.since_s) == (first.id, OLD, 1001.0)
+
+
+def test_a_session_that_cannot_be_kept_is_adopted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor is left to hold it with."""
+
+    def none_left(fd: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    node = Node(OLD)
+    monkeypatch.setattr(os, "dup", none_left)
+    assert node.account().decision.adopted
+    monkeypatch.undo()
+    assert node.sessions.all() == ()

@@ -7,25 +7,18 @@ import contextlib
 import os
 import pwd
 import socket
-import time
-from typing import Dict, Iterator, Optional
+from typing import Dict, Iterator
 
 import pytest
-from fakes import ALICE, BOB, FakeAsker, FakeBackend, FakeSeal, FakeWitness, connection, job
+from control_scene import ControlScene
+from fakes import ALICE, BOB, FakeAsker, FakeBackend, connection, job
 
-from adoptd.adoption import Adoptions
-from adoptd.callerid import Asker, Inquiry, SealRoom, Told
-from adoptd.config import Config, ProbeConfig
-from adoptd.connections import Witnesses
-from adoptd.control import CommandRefused, Control
+from adoptd.callerid import Told
+from adoptd.control import Asking, CommandRefused
 from adoptd.jobs import CgroupFinding, CgroupVerdict
-from adoptd.metrics import Metrics
 from adoptd.model import JobManagerError, Owner, Witness
-from adoptd.sessions import PendingLogins
-from adoptd.watch import Watch
 from adoptd.wire.callerid import Outcome
 from adoptd.wire.control import Command, Result
-from adoptd.workers import Workers
 
 NAMED = Told(Outcome.JOB, "owner", "17", Witness.BPF)
 NOBODY_NAME = pwd.getpwuid(65534).pw_name
@@ -33,38 +26,16 @@ ENDS = connection()
 SPELLED = {"source": "127.0.0.1:40000", "destination": "127.0.0.2:22"}
 
 
-class Node:
+class Node(ControlScene):
     def __init__(self, callerid: bool = True) -> None:
         self.backend = FakeBackend(job("18"), job("17"), job("7", BOB), job("9", 65534))
         self.backend.of_cgroup[1] = CgroupVerdict(CgroupFinding.JOB, "test", job("17"))
-        self.metrics = Metrics()
-        self.workers = Workers("w", 2, 8)
-        owner = Owner(Witness.BPF, ALICE, pid=os.getpid(), cgroup_id=1, comm="ssh")
-        self.witnesses = Witnesses([FakeWitness(Witness.BPF, {ENDS: owner})])
         self.asker = FakeAsker(NAMED) if callerid else None
-        self.pending = PendingLogins(time.monotonic)
-        self.watch = Watch(ProbeConfig(enabled=False), self.metrics, self.workers)
-        asker: Optional[Asker] = self.asker  # type: ignore[assignment]
-        adoptions = Adoptions("n1", self.backend, asker, self.pending, self.workers, self.metrics)
-        self.control = Control(
-            Config(),
-            self.backend,
-            SealRoom(FakeSeal(), self.workers) if callerid else None,
-            Inquiry(self.witnesses, self.backend, self.workers),
-            asker,
-            adoptions,
-            self.pending,
-            self.watch,
-            self.workers,
-        )
+        owner = Owner(Witness.BPF, ALICE, pid=os.getpid(), cgroup_id=1, comm="ssh")
+        super().__init__(self.backend, {ENDS: owner}, self.asker)
 
     def do(self, name: str, uid: int = 0, /, **arguments: str) -> Result:
-        return asyncio.run(self.control.execute(Command(name, arguments), uid))
-
-    def close(self) -> None:
-        self.watch.close()
-        self.witnesses.close()
-        self.workers.close()
+        return asyncio.run(self.control.execute(Command(name, arguments), Asking(uid)))
 
 
 @pytest.fixture
@@ -76,7 +47,11 @@ def node() -> Iterator[Node]:
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("reboot", {}, "unknown command 'reboot', this agent knows explain, jobs, status, whois"),
+        (
+            "reboot",
+            {},
+            "unknown command 'reboot', this agent knows configuration, explain, jobs, join, sessions, status, watch, ",
+        ),
         ("__init__", {}, "unknown command"),
         ("status", {"x": "1"}, "status takes nothing and may take nothing, got x"),
         ("whois", {}, "whois takes destination, source and may take at, got nothing"),
@@ -106,6 +81,21 @@ def test_a_node_that_has_no_address(node: Node, host: str) -> None:
     """Names that the resolver refuses, in whichever way, are refused in words."""
     with pytest.raises(CommandRefused, match="has no IPv4 address"):
         node.do("whois", at=host, **SPELLED)
+    assert node.asker is not None
+    assert node.asker.asked == []
+
+
+def test_a_name_is_looked_up_for_root_alone(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that nobody answers for held both threads of everybody's commands, for one user who asked repeatedly."""
+
+    def looked_up(*_: object, **__: object) -> None:
+        raise AssertionError("a name of an ordinary user's choice is looked up")
+
+    monkeypatch.setattr("socket.getaddrinfo", looked_up)
+    with pytest.raises(CommandRefused, match="is no IP address; only root may give a name here"):
+        node.do("whois", BOB, at="silent.example", **SPELLED)
+    with pytest.raises(CommandRefused, match="has no IPv4 address"):
+        node.do("whois", BOB, at="fd00::1", **SPELLED)
     assert node.asker is not None
     assert node.asker.asked == []
 

@@ -17,19 +17,22 @@ from fakes import ALICE, BOB, HERE, FakeBackend, FakeSeal, FakeWitness, connecti
 from logs import LogLines, log_lines
 from nobody import NOBODY, environment, nobody_command, public_path
 
-from adoptd.adoption import Adoptions, Decision
+from adoptd.adoption import Adoptions
 from adoptd.callerid import Inquiry, Responder, SealRoom
 from adoptd.connections import Witnesses
-from adoptd.control import Control
+from adoptd.control import Asking, Control
 from adoptd.deadline import Deadline
+from adoptd.decision import Decision
+from adoptd.events import Event, EventKind, Events
 from adoptd.handlers import Desk, Handlers
 from adoptd.jobs import CgroupFinding, CgroupVerdict
 from adoptd.metrics import Door, Metrics, Refusal
 from adoptd.model import AdoptdError, Owner, Witness
 from adoptd.process import ProcessHandle
 from adoptd.seal.replay import ReplayCache
-from adoptd.server import Doorkeeper, bind_tcp, bind_unix
+from adoptd.server import Doorkeeper
 from adoptd.sessions import PendingLogins
+from adoptd.sockets import bind_tcp, bind_unix
 from adoptd.wire import control as control_wire
 from adoptd.wire import frame
 from adoptd.wire.callerid import Outcome, Question, decode_answer, encode_question
@@ -50,8 +53,8 @@ class FakeControl:
         self.error: Optional[AdoptdError] = None
         self.callers: List[int] = []
 
-    async def execute(self, command: Command, caller_uid: int) -> Result:
-        self.callers.append(caller_uid)
+    async def execute(self, command: Command, asking: Asking) -> Result:
+        self.callers.append(asking.uid)
         if self.error is not None:
             raise self.error
         return {"name": command.name, **command.arguments}
@@ -69,10 +72,11 @@ class Agent:
         self.control = FakeControl()
         inquiry = Inquiry(self.witnesses, self.backend, self.workers)
         self.responder: Optional[Responder] = Responder(
-            inquiry, SealRoom(FakeSeal(), self.workers), ReplayCache(100, time.time), 10
+            inquiry, SealRoom(FakeSeal(), self.workers), ReplayCache(100, time.time), 10, self.workers
         )
         self.adoptions = Adoptions("n1", self.backend, None, PendingLogins(time.monotonic), self.workers, self.metrics)
-        handlers = Handlers(self.desk, self.metrics)
+        self.events = Events()
+        handlers = Handlers(self.desk, self.metrics, self.events)
         pam, user = bind_unix(str(directory / "pam"), pam_mode), bind_unix(str(directory / "user"), 0o666)
         peer = bind_tcp(["127.0.0.1"], 0)
         self.addresses = {"pam": pam.getsockname(), "user": user.getsockname(), "peer": peer[0].getsockname()}
@@ -353,5 +357,31 @@ def test_a_command_is_carried_out_for_who_the_kernel_says(tmp_path: Path) -> Non
             reply = await here.send("user", framed(control_wire.encode_command(Command("whois", {"uid": "0"}))))
             assert control_wire.decode_reply(reply[4:]) == {"name": "whois", "uid": "0"}
             assert here.control.callers == [os.getuid()]
+
+    run(story)
+
+
+# ---- the event stream
+
+
+def test_what_is_done_is_published(tmp_path: Path, log_lines: LogLines) -> None:
+    """An adoption, a denial and an answer, each about whom it concerns, with the request that the log names."""
+
+    async def story() -> None:
+        async with agent(tmp_path) as here:
+            seen: List[Event] = []
+            here.events.subscribe(lambda event: bool(seen.append(event)))
+            await here.send("pam", pam_record())
+            await here.send("pam", pam_record(uid=BOB))
+            await here.send("peer", framed(b"FAKE 0 " + encode_question(Question(NONCE, HERE, ENDS, ALICE))))
+            await until(lambda: len(seen) == 3)
+            assert [(event.kind, event.uid) for event in seen] == [
+                (EventKind.ADOPTION, ALICE),
+                (EventKind.DENIAL, BOB),
+                (EventKind.CALLERID, ALICE),
+            ]
+            assert [event.fields.get("job") for event in seen] == ["17", None, "17"]
+            for event, line in zip(seen, [line for line in log_lines() if "adoption phase" in line]):
+                assert f"request={event.fields['request']}" in line
 
     run(story)

@@ -1,0 +1,16 @@
+"""What many unit tests wait with. Values and stand-ins are fakes.py's."""
+
+from __future__ import annotations
+
+import threading
+from typing import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What calls and fakes that hang wait for; opened at the end of every test, so that no thread stays."""
+    event = threading.Event()
+    yield event
+    event.set()
