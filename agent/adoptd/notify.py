@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 
@@ -31,3 +32,11 @@ def watchdog_interval_s() -> float:
         return int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
     except ValueError:
         return 0.0
+
+
+async def feed_watchdog() -> None:
+    """Say WATCHDOG=1 as often as systemd wants to hear it, for as long as the event loop turns."""
+    interval_s = watchdog_interval_s()
+    while interval_s > 0:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(interval_s)

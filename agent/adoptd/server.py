@@ -1,27 +1,25 @@
 """The agent's doors: the PAM socket, the peers' TCP port, the users' socket.
 
-Owns accepting, bounds, deadlines for bytes that do not come, and who the kernel says is calling. What
-is behind a door is a handler given at construction; no policy here. A message that is refused costs one
-counter, one log line and its own connection, never another request. Built by the service.
+Owns accepting, bounds, and deadlines for bytes that do not come. What is behind a door is a handler given at
+construction; no policy here. A message that is refused costs one counter, one log line and its own connection,
+never another request. Built by the doors, over sockets of :mod:`adoptd.sockets`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
+import errno
+import select
 import socket
-import stat
-import struct
 import time
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
-from typing import Awaitable, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Awaitable, Callable, Dict, Optional, Sequence, Tuple
 
 from adoptd import log
 from adoptd.callerid import Refused
 from adoptd.metrics import Door, Metrics, Refusal
 from adoptd.model import AdoptdError, ProtocolError
+from adoptd.sockets import Caller, SocketName
 from adoptd.wire import frame
 
 # A caller on this host has its whole message ready when it connects; a peer is a round trip away.
@@ -39,29 +37,13 @@ PEER_MAX_PER_ADDRESS = 256
 USER_MAX = 64
 USER_MAX_PER_UID = 8
 
-_BACKLOG = 1024
+# Out of descriptors: the pause keeps a full table from spinning.
+_ACCEPT_PAUSE_S = 0.05
 
 # Refusals of one reason that a door says in the log within so many seconds. Anybody can be refused thousands of times
 # a second, and a log full of that hides what happens at the same time; the metric counts all of them.
 REFUSALS_LOGGED = 20
 REFUSALS_LOGGED_S = 10.0
-
-# struct ucred, unix(7).
-_UCRED = struct.Struct("=iII")
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who is at the other end of a unix socket, as the kernel recorded it when they connected."""
-
-    pid: int
-    uid: int
-
-    @classmethod
-    def of(cls, sock: socket.socket) -> Caller:
-        """The caller at the other end of ``sock``."""
-        pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        return cls(pid, uid)
 
 
 class PeerGone(OSError):
@@ -100,8 +82,24 @@ class Conversation:
         return await self.read_exactly(length)
 
     def heard(self) -> None:
-        """The message is complete: the connection is no longer one that may be dropped for its silence."""
+        """The message is complete: the connection is no longer one that may be dropped for its silence.
+
+        Raises PeerGone if the peer has given up, as one does whose message waited while there was no agent.
+        """
         self._heard()
+        self.check_peer()
+
+    def check_peer(self) -> None:
+        """Raises PeerGone if nobody waits for the reply any more: no work is to be done for them."""
+        # Askers keep their side open until they have the answer. On a unix socket half a close is told from a whole
+        # one; of TCP the end of the peer's data is all that is known.
+        gone = select.POLLHUP | select.POLLERR
+        if self.sock.family != socket.AF_UNIX:
+            gone |= select.POLLRDHUP
+        waiting = select.poll()
+        waiting.register(self.sock, gone)
+        if waiting.poll(0):
+            raise PeerGone(errno.EPIPE, "gave up before its turn came")
 
     async def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """All of ``data``, with copies of ``descriptors`` at its first byte (unix sockets only).
@@ -145,9 +143,15 @@ class Doorkeeper:
         read_s: float,
         bound: int,
         bound_per_caller: Optional[int] = None,
+        *,
+        names: Sequence[SocketName] = (),
+        outlive_us: bool = False,
     ) -> None:
+        """``names`` are removed at the end. ``outlive_us``: the sockets are the service manager's, who keeps them."""
         self._door = door
         self._sockets = list(sockets)
+        self._names = tuple(names)
+        self._outlive_us = outlive_us
         self._handler = handler
         self._metrics = metrics
         self._read_s = read_s
@@ -156,49 +160,67 @@ class Doorkeeper:
         self._silent: OrderedDict[asyncio.Task[None], str] = OrderedDict()
         self._callers: Dict[asyncio.Task[None], str] = {}
         self._count: Counter[str] = Counter()
-        self._accepting: List[asyncio.Task[None]] = []
         # By reason: when its time began (monotonic), and how many there were since.
         self._said: Dict[Refusal, Tuple[float, int]] = {}
 
     def open(self) -> None:
         """Begin to accept."""
-        self._accepting = [asyncio.create_task(self._accept(sock)) for sock in self._sockets]
+        loop = asyncio.get_running_loop()
+        for sock in self._sockets:
+            loop.add_reader(sock.fileno(), self._accept, sock, loop)
 
     async def close(self, within_s: float) -> None:
-        """Accept no more, drop who has said nothing, and give the rest ``within_s`` seconds to end."""
-        for task in self._accepting:
-            task.cancel()
-        await asyncio.gather(*self._accepting, return_exceptions=True)
+        """Accept no more and give those who are here ``within_s`` seconds to end; who says nothing has read_s.
+
+        Of a socket that ends with us, who waits in its backlog is served too. That of a socket which outlives us, and
+        all who wait there, is for whoever comes next.
+        """
+        loop = asyncio.get_running_loop()
         for sock in self._sockets:
+            loop.remove_reader(sock.fileno())
+        for name in self._names:
+            name.remove()
+        for sock in self._sockets:
+            if not self._outlive_us:
+                while self._accept_one(sock):
+                    pass
             sock.close()
-        for task in list(self._silent):
-            task.cancel()
         if self._callers:
             _, late = await asyncio.wait(list(self._callers), timeout=within_s)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, address = await loop.sock_accept(listener)
-            except OSError as error:
-                # Out of descriptors, or the peer was gone already. The pause keeps a full table from spinning.
-                log.error("accept_failed", socket=self._door.value, error=error.strerror)
-                await asyncio.sleep(0.05)
-                continue
-            self._start(sock, address)
-            # sock_accept() does not yield while connections are waiting: without this a flood of them
-            # would keep the loop from serving, and even from dropping, those already accepted.
-            await asyncio.sleep(0)
+    def _accept(self, listener: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        # Not loop.sock_accept(): cancelled at the wrong moment it loses a connection that is accepted already. One at a
+        # time: a flood of them must not keep the loop from serving, and even from dropping, those that are here.
+        try:
+            self._accept_one(listener)
+        except OSError as error:
+            log.error("accept_failed", socket=self._door.value, error=error.strerror)
+            loop.remove_reader(listener.fileno())
+            loop.call_later(_ACCEPT_PAUSE_S, self._accept_again, listener, loop)
+
+    def _accept_again(self, listener: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        # Closed meanwhile: its number may be another's by now.
+        if listener.fileno() >= 0:
+            loop.add_reader(listener.fileno(), self._accept, listener, loop)
+
+    def _accept_one(self, listener: socket.socket) -> bool:
+        """Whether there was one. Raises OSError."""
+        try:
+            sock, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return False
+        sock.setblocking(False)
+        self._start(sock, address)
+        return True
 
     def _start(self, sock: socket.socket, address: object) -> None:
         if sock.family == socket.AF_UNIX:
             key = f"uid {Caller.of(sock).uid}"
         else:
-            key = str(address[0]) if isinstance(address, tuple) else "?"
+            key = _sender(str(address[0])) if isinstance(address, tuple) else "?"
         task = asyncio.create_task(self._serve(sock, key))
         self._silent[task] = key
         self._callers[task] = key
@@ -271,69 +293,6 @@ class Doorkeeper:
         self._metrics.in_flight.labels(self._door.value).dec()
 
 
-def bind_unix(path: str, mode: int) -> socket.socket:
-    """A listening unix socket at ``path`` that has ``mode`` from its first moment.
-
-    The mode is set on the socket before bind(), which makes the inode with it (unix_bind_bsd() in
-    net/unix/af_unix.c); a chmod afterwards would leave a moment for others. A stale socket is replaced.
-    Raises AdoptdError if somebody listens there or the path is no socket, OSError otherwise.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        _remove_stale(path)
-        os.fchmod(sock.fileno(), mode)
-        umask = os.umask(0)
-        try:
-            sock.bind(path)
-        except OSError as error:
-            raise OSError(error.errno, f"{path}: {error.strerror}") from None
-        finally:
-            os.umask(umask)
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def bind_tcp(addresses: Sequence[str], port: int) -> List[socket.socket]:
-    """Listening TCP sockets, one per address. Raises OSError; then none is left open."""
-    with contextlib.ExitStack() as undo:
-        sockets: List[socket.socket] = []
-        for address in addresses:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                # One socket per address as configured, whatever net.ipv6.bindv6only says.
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                sock.bind((address, port))
-                sock.listen(_BACKLOG)
-            except OSError as error:
-                raise OSError(error.errno, f"{address} port {port}: {error.strerror}") from None
-            sock.setblocking(False)
-        undo.pop_all()
-    return sockets
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise AdoptdError(f"{path} is there and is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(LOCAL_READ_S)
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            return
-        except OSError as error:
-            raise AdoptdError(f"{path} is in use: {error.strerror}") from None
-    raise AdoptdError(f"{path} is served by another process; is an agent running already?")
+def _sender(address: str) -> str:
+    """Whose share a peer's connection counts in: any user of this node has all of 127.0.0.0/8 to connect from."""
+    return "127.0.0.1" if address.startswith("127.") else address

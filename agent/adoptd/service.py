@@ -9,44 +9,50 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import resource
 import signal
 import time
 from pathlib import Path
-from typing import Awaitable, Callable, Dict, List, Optional, Tuple
+from typing import Awaitable, Callable, List, Optional, Tuple
 
 from adoptd import __version__, config, log
+from adoptd.activation import take_passed
 from adoptd.adoption import Adoptions
-from adoptd.callerid import Asker, Inquiry, Responder, SealRoom
+from adoptd.assembly import (
+    kept_logins,
+    kept_sessions,
+    make_backend,
+    make_fallback,
+    open_seal,
+    open_session_watch,
+    open_told_connects,
+    replays_for,
+    texts,
+)
+from adoptd.callerid import OPENED_AT_ONCE, Asker, Inquiry, Responder, SealRoom
 from adoptd.config import Config
-from adoptd.control import Control
+from adoptd.control import Control, Parts, Rates
+from adoptd.daemon import allow_descriptors, come_before_sessions, kept_up, unless
 from adoptd.deadline import Deadline
+from adoptd.doors import Doors, make_directory
+from adoptd.events import Events
 from adoptd.handlers import Desk, Handlers
+from adoptd.instance import Instance
 from adoptd.jobs import JobBackend
-from adoptd.jobs.cgroup import CgroupJobs
 from adoptd.jobs.environment import JobEnvironment
-from adoptd.jobs.slurm import SlurmJobs
-from adoptd.jobs.template import JobPath
-from adoptd.metrics import Door, Metrics
-from adoptd.model import AdoptdError, ConfigError, JobManagerError
-from adoptd.notify import notify, watchdog_interval_s
+from adoptd.metrics import Metrics
+from adoptd.model import AdoptdError, JobManagerError
+from adoptd.monitoring import begin_at_zero, keep_textfile, watch_host, watch_pools
+from adoptd.notes import Notes, NoteTaker
+from adoptd.notify import feed_watchdog, notify
+from adoptd.observed import Observations
 from adoptd.seal import Seal, SealError
 from adoptd.seal.replay import ReplayCache
-from adoptd.server import (
-    LOCAL_READ_S,
-    PAM_MAX,
-    PEER_MAX,
-    PEER_MAX_PER_ADDRESS,
-    PEER_READ_S,
-    USER_MAX,
-    USER_MAX_PER_UID,
-    Doorkeeper,
-    bind_tcp,
-    bind_unix,
-)
-from adoptd.sessions import PendingLogins
-from adoptd.slurm_callerid import SlurmdCallerid
-from adoptd.slurm_site import configured_seal, slurm_conf
+from adoptd.server import PAM_MAX, PEER_MAX, USER_MAX
+from adoptd.sessions import PendingLogins, Sessions
+from adoptd.sessions.escapes import OnEscape
+from adoptd.sessions.guard import Guard
+from adoptd.sessions.registry import CAPACITY as SESSIONS_MAX
+from adoptd.slurm_site import configured_seal
 from adoptd.watch import Watch
 from adoptd.workers import OutOfTime, Overloaded, Workers
 
@@ -57,18 +63,14 @@ _FINISH_S = 2.0
 _SEAL_RETRY_S = 10.0
 # libmunge takes 10 s to find out that munged is stopped (MungeSeal).
 _SEAL_MS = 15_000.0
+# How long whoever is at the doors waits for it at the start. A munged that is well answers in milliseconds.
+_SEAL_PATIENCE_S = 0.5
 
 # Twice what a first look at a full node's steps takes.
 _FIRST_JOBS_MS = 2_000.0
 
-# How often a port that is taken is tried again.
-_PORT_RETRY_S = 2.0
-
-# The doors' bounds together, with as much again for what a request in progress opens.
-_DESCRIPTORS = 2 * (PAM_MAX + PEER_MAX + USER_MAX)
-
-# Questions answered in 20 s (twice the seal's life) at four times the highest measured rate.
-_REPLAYS = 65_536
+# The doors' bounds together, with as much again for what a request in progress opens, and a pidfd for each session.
+_DESCRIPTORS = 2 * (PAM_MAX + PEER_MAX + USER_MAX) + SESSIONS_MAX
 
 
 class Service:
@@ -82,20 +84,30 @@ class Service:
         # Most of an adoption is the kernel's wait for a grace period in the write to cgroup.procs (6 to 18 ms seen
         # on 6.18, cgroup_threadgroup_rwsem), so more threads than cores are worth having.
         self._job_workers = Workers("jobs", threads=16, backlog=PAM_MAX + PEER_MAX)
-        self._seal_workers = Workers("seal", threads=8, backlog=PEER_MAX)
+        # Each holds a question to another node, sealing and waiting included: as many as there are logins at once.
+        self._seal_workers = Workers("asks", threads=16, backlog=PAM_MAX)
+        # As many as are let open seals at once.
+        self._answer_workers = Workers("answers", threads=OPENED_AT_ONCE, backlog=PEER_MAX)
         self._slow_workers = Workers("slow", threads=2, backlog=USER_MAX)
         # For the agent's own needs, apart: users' commands, which may wait for a name service, must not hold up the
         # self-test and so take the probe away.
         self._own_workers = Workers("own", threads=2, backlog=4)
+        # One call at a time, as the guard expects.
+        self._guard_workers = Workers("guard", threads=1, backlog=1)
+        self._note_workers = Workers("notes", threads=1, backlog=1)
+        self._notes = Notes()
         self._pending = PendingLogins(time.monotonic)
-        self._replays = ReplayCache(_REPLAYS, time.time)
+        self._sessions = Sessions(time.time)
+        self._events = Events()
+        self._joins = Rates(time.monotonic)
+        self._observations = Observations(self._metrics)
+        self._replays = ReplayCache(replays_for(self._config), time.time)
         self._watch: Optional[Watch] = None
         self._seal: Optional[Seal] = None
         self._desk: Optional[Desk] = None
         self._jobs: Optional[JobBackend] = None
-        # Ports that are not open, by name, and what opens them; and what was said of each last.
-        self._shut_ports: Dict[str, Callable[[], None]] = {}
-        self._port_faults: Dict[str, str] = {}
+        self._instance: Optional[Instance] = None
+        self._doors: Optional[Doors] = None
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises AdoptdError or OSError if the start fails."""
@@ -113,58 +125,152 @@ class Service:
 
     async def _main(self) -> None:
         log.configure(self._config.agent.log_level, log.is_journal())
-        _come_before_sessions()
-        _allow_descriptors()
+        come_before_sessions()
+        allow_descriptors(_DESCRIPTORS)
         loop = asyncio.get_running_loop()
         stop, reload = asyncio.Event(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, reload.set)
-        watch = self._watch = Watch(self._config.probe, self._metrics, self._own_workers)
-        self._seal = _open_seal(self._config)
-        self._desk = self._make_desk(self._config, self._seal, watch)
-        doors = self._open_doors()
-        await watch.start()
-        await self._ask_for_jobs()
-        notify("READY=1", f"STATUS=serving on {self._config.agent.pam_socket}")
-        log.info("ready", version=__version__, node=self._config.agent.shown_name())
-        background = [
-            asyncio.create_task(_kept_up(what, work))
-            for what, work in (
-                ("watch", watch.run),
-                ("watchdog", _feed_watchdog),
-                ("reload", lambda: self._reload_when(reload, watch)),
-                ("seal", lambda: self._seek_seal(watch)),
-                ("ports", self._seek_ports),
-            )
-        ]
+        background: List[asyncio.Task[None]] = []
         try:
-            await stop.wait()
+            await unless(stop, self._start())
+            watch, doors = self._watch, self._doors
+            if not stop.is_set() and watch is not None and doors is not None:
+                notify("READY=1", f"STATUS=serving on {self._config.agent.pam_socket}")
+                log.info("ready", version=__version__, node=self._config.agent.shown_name())
+                background = [
+                    asyncio.create_task(kept_up(what, work))
+                    for what, work in (
+                        ("watch", watch.run),
+                        ("watchdog", feed_watchdog),
+                        ("reload", lambda: self._reload_when(reload, watch)),
+                        ("seal", lambda: self._seek_seal(watch)),
+                        ("ports", doors.seek_ports),
+                        ("guard", self._make_guard().run),
+                        ("notes", self._make_note_taker().run),
+                        *self._textfile(),
+                    )
+                ]
+                await stop.wait()
         finally:
             notify("STOPPING=1")
             log.info("stopping")
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
-            await asyncio.gather(*(door.close(_FINISH_S) for door in doors))
+            if self._doors is not None:
+                # Who watches is told, and gone before the doors are waited for.
+                self._events.close()
+                await self._doors.close(_FINISH_S)
             self._close()
 
+    async def _start(self) -> None:
+        """Everything up to serving, and what logins need not wait for after it. May be cancelled at any await."""
+        # Before anything that starts a child, or takes anything that an agent before us may have.
+        passed = take_passed(os.environ)
+        pam_socket = Path(self._config.agent.pam_socket)
+        make_directory(pam_socket.parent)
+        self._instance = Instance(pam_socket)
+        self._sessions = kept_sessions(pam_socket.parent / "sessions")
+        self._pending = kept_logins(pam_socket.parent / "logins")
+        watch = self._watch = Watch(self._config.probe, self._metrics, self._own_workers)
+        begin_at_zero(self._metrics)
+        watch_pools(self._metrics, {workers.name: workers for workers in self._all_workers()})
+        watch_host(self._metrics, watch, lambda: self._jobs)
+        doors = Doors(self._config, Handlers(self._current_desk, self._metrics, self._events), self._metrics, passed)
+        self._doors = doors
+        doors.bind()
+        # In a thread: with a munged that hangs it takes seconds, and a SIGTERM is to be heard meanwhile.
+        sealing = asyncio.ensure_future(
+            self._own_workers.run(lambda: open_seal(self._config), Deadline.after_ms(_SEAL_MS))
+        )
+        try:
+            # Who came while there was no agent waits in the doors' backlog: for what takes milliseconds, a munged that
+            # answers and a probe that is there, but not for one that hangs or has to be compiled.
+            await asyncio.wait((sealing,), timeout=_SEAL_PATIENCE_S)
+            if not sealing.done():
+                log.warning("seal_slow", effect="other nodes are not asked and not answered until it is there")
+            self._seal = sealing.result() if sealing.done() else None
+            self._desk = self._make_desk(self._config, self._seal, watch)
+            await watch.open()
+            doors.open()
+            await watch.start()
+            seal = await sealing
+            if seal is not self._seal:
+                self._desk, self._seal = self._make_desk(self._config, seal, watch), seal
+        finally:
+            sealing.cancel()
+        await self._ask_for_jobs()
+
     def _make_desk(self, settings: Config, seal: Optional[Seal], watch: Watch) -> Desk:
-        jobs = self._jobs = _make_backend(settings)
-        inquiry = Inquiry(watch.witnesses, jobs, self._job_workers, settings.callerid.hint)
+        jobs = self._jobs = make_backend(settings, self._metrics)
+        inquiry = Inquiry(watch.witnesses, jobs, self._job_workers, settings.callerid.hint, self._notes)
         seals = None if seal is None else SealRoom(seal, self._seal_workers)
         asker, responder = None, None
         if seals is not None and settings.callerid.enabled:
             section = settings.callerid
-            fallback = _make_fallback(settings, self._job_workers)
+            fallback = make_fallback(settings, self._job_workers)
             asker = Asker(seals, section.port, section.timeout_ms, self._metrics, fallback, section.hint)
-            responder = Responder(inquiry, seals, self._replays, settings.seal.ttl_s)
+            self._metrics.unheard_peers.set_function(asker.unheard.__len__)
+            self._replays.make_room(replays_for(settings))
+            took = self._metrics.observe_answer_stage
+            responder = Responder(inquiry, seals, self._replays, settings.seal.ttl_s, self._answer_workers, took)
         environment = JobEnvironment(settings.session.environment) if settings.session.environment else None
         adoptions = Adoptions(
-            settings.agent.shown_name(), jobs, asker, self._pending, self._job_workers, self._metrics, environment
+            settings.agent.shown_name(),
+            jobs,
+            asker,
+            self._pending,
+            self._job_workers,
+            self._metrics,
+            environment=environment,
+            sessions=self._sessions,
+            texts=texts(settings, jobs),
+            observations=self._observations,
         )
-        control = Control(settings, jobs, seals, inquiry, asker, adoptions, self._pending, watch, self._slow_workers)
-        return Desk(adoptions, responder, control, settings.callerid.timeout_ms)
+        parts = Parts(
+            config=settings,
+            jobs=jobs,
+            seals=seals,
+            inquiry=inquiry,
+            asker=asker,
+            adoptions=adoptions,
+            pending=self._pending,
+            watch=watch,
+            workers=self._slow_workers,
+            sessions=self._sessions,
+            events=self._events,
+            metrics=self._metrics,
+            rates=self._joins,
+        )
+        return Desk(adoptions, responder, Control(parts), settings.callerid.timeout_ms)
+
+    def _textfile(self) -> List[Tuple[str, Callable[[], Awaitable[None]]]]:
+        path = self._config.metrics.textfile
+        return [("textfile", lambda: keep_textfile(self._metrics, path, self._own_workers))] if path else []
+
+    def _make_guard(self) -> Guard:
+        return Guard(
+            self._sessions,
+            lambda: self._jobs,
+            lambda: OnEscape(self._config.session.on_escape),
+            lambda: open_session_watch(self._config),
+            self._guard_workers,
+            self._metrics,
+            self._events,
+            lambda session: session.connection is not None and self._pending.awaits(session.uid, session.connection),
+        )
+
+    def _make_note_taker(self) -> NoteTaker:
+        self._metrics.watch_notes(lambda: len(self._notes))
+        return NoteTaker(
+            self._notes,
+            lambda: self._jobs,
+            lambda: open_told_connects(self._config),
+            self._config.probe.watched_ports,
+            self._note_workers,
+        )
 
     async def _ask_for_jobs(self) -> None:
         """Ask the job manager once before anybody logs in: the administrator sees at once if it cannot be asked,
@@ -178,58 +284,6 @@ class Service:
             log.error("jobs_unavailable", backend=jobs.name, error=str(error), effect="action_generic_failure")
         else:
             log.info("jobs_found", backend=jobs.name, jobs=len(found))
-
-    def _open_doors(self) -> List[Doorkeeper]:
-        settings = self._config
-        handlers = Handlers(self._current_desk, self._metrics)
-        for path in (settings.agent.pam_socket, settings.agent.user_socket):
-            _make_directory(Path(path).parent)
-        pam = bind_unix(settings.agent.pam_socket, 0o600)
-        user = bind_unix(settings.agent.user_socket, 0o666)
-        doors = [
-            Doorkeeper(Door.PAM, [pam], handlers.pam, self._metrics, LOCAL_READ_S, PAM_MAX),
-            Doorkeeper(Door.USER, [user], handlers.user, self._metrics, LOCAL_READ_S, USER_MAX, USER_MAX_PER_UID),
-        ]
-        for door in doors:
-            door.open()
-
-        def open_peers() -> None:
-            peers = bind_tcp(settings.callerid.listen, settings.callerid.port)
-            door = Doorkeeper(
-                Door.PEER, peers, handlers.peer, self._metrics, PEER_READ_S, PEER_MAX, PEER_MAX_PER_ADDRESS
-            )
-            doors.append(door)
-            door.open()
-
-        if settings.callerid.enabled:
-            self._shut_ports["callerid"] = open_peers
-        if settings.metrics.enabled:
-            self._shut_ports["metrics"] = lambda: self._metrics.serve(settings.metrics.listen, settings.metrics.port)
-        self._open_ports()
-        return doors
-
-    def _open_ports(self) -> None:
-        """Open those of our TCP ports that are shut. One that is taken is said once, and never keeps logins waiting.
-
-        Any user can take a port above 1024 while no agent has it. An agent that would not start then leaves every
-        login to action_generic_failure, and so lets the user in who took the port.
-        """
-        for name, open_port in list(self._shut_ports.items()):
-            try:
-                open_port()
-            except OSError as error:
-                if self._port_faults.get(name) != str(error):
-                    log.error("port_unavailable", port=name, error=str(error), effect="tried again until it is free")
-                self._port_faults[name] = str(error)
-            else:
-                del self._shut_ports[name]
-                if self._port_faults.pop(name, None) is not None:
-                    log.info("port_opened", port=name)
-
-    async def _seek_ports(self) -> None:
-        while self._shut_ports:
-            await asyncio.sleep(_PORT_RETRY_S)
-            self._open_ports()
 
     def _current_desk(self) -> Desk:
         if self._desk is None:
@@ -251,7 +305,11 @@ class Service:
             read = config.load(self._file)
             fresh = config.reloaded(self._config, read)
             # In a thread: where munged hangs this takes seconds, and the agent is serving.
-            seal = await self._own_workers.run(lambda: _open_seal(fresh), Deadline.after_ms(_SEAL_MS))
+            seal = await self._own_workers.run(lambda: open_seal(fresh), Deadline.after_ms(_SEAL_MS))
+            if seal is not None and self._seal is not None and seal.identity == self._seal.identity:
+                # The one in force remembers what it has opened, so it need not refuse what was sealed before now.
+                seal.close()
+                seal = self._seal
             self._desk = self._make_desk(fresh, seal, watch)
         except (AdoptdError, OSError) as error:
             self._metrics.config_reload_ok.set(0)
@@ -282,90 +340,24 @@ class Service:
                 log.info("seal_found", scheme=seal.scheme)
 
     def _close(self) -> None:
-        for path in (self._config.agent.pam_socket, self._config.agent.user_socket):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
         if self._watch is not None:
             self._watch.close()
         if self._seal is not None:
             self._seal.close()
+        self._sessions.close()
+        self._pending.close()
         for workers in self._all_workers():
             workers.close()
+        if self._instance is not None:
+            self._instance.release()
 
     def _all_workers(self) -> Tuple[Workers, ...]:
-        return self._job_workers, self._seal_workers, self._slow_workers, self._own_workers
-
-
-def _make_fallback(settings: Config, workers: Workers) -> Optional[SlurmdCallerid]:
-    if settings.callerid.fallback != "slurm":
-        return None
-    conf = slurm_conf(settings)
-    return SlurmdCallerid(settings.callerid.slurm_scontrol, lambda: conf.settings().conf_file, workers)
-
-
-def _make_backend(settings: Config) -> JobBackend:
-    section = settings.jobs
-    conf = slurm_conf(settings)
-    if section.backend == "slurm" or (section.backend == "auto" and conf.is_there()):
-        return SlurmJobs(conf)
-    return CgroupJobs(JobPath.parse_template(section.path), section.leaf)
-
-
-def _open_seal(settings: Config) -> Optional[Seal]:
-    """The seal, or None if there is none to be had and none was named: the node then asks nobody."""
-    try:
-        return configured_seal(settings)
-    except SealError as error:
-        if settings.seal.scheme != "auto":
-            raise ConfigError(f"[seal] scheme {settings.seal.scheme!r}: {error}") from None
-        log.error("seal_unavailable", error=str(error), effect="other nodes are not asked and not answered")
-        return None
-
-
-def _make_directory(directory: Path) -> None:
-    """Make the directory of a socket, open to all: the umask of whoever starts the agent is about other things."""
-    umask = os.umask(0o022)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    finally:
-        os.umask(umask)
-
-
-async def _kept_up(what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """``work``, which ends with the agent only: a defect in it is seen at once, not when the agent stops."""
-    try:
-        await work()
-    except Exception as error:
-        log.error("background_task_failed", task=what, error=f"{type(error).__name__}: {error}")
-
-
-def _come_before_sessions() -> None:
-    """Ask the scheduler not to make a login wait for the logins that it is competing with.
-
-    Under autogrouping (sched(7), on by default on Debian) every session has an equal share of the
-    processor, so twenty sshds at their key exchange leave the agent a twentieth. nice(2) does not reach
-    across sessions; this file does. Only for a session that is the agent's own, as under systemd.
-    """
-    if os.getsid(0) != os.getpid():
-        return
-    try:
-        Path("/proc/self/autogroup").write_text("-10")
-    except OSError as error:
-        log.debug("autogroup_unchanged", error=error.strerror)
-
-
-def _allow_descriptors() -> None:
-    """Let every door be full at once. 1024 descriptors, the usual soft limit, are fewer than any user can make the
-    peers' door hold; sshd would then wait at the PAM socket in vain."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = hard if hard != resource.RLIM_INFINITY and hard < _DESCRIPTORS else _DESCRIPTORS
-    resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
-    if enough < _DESCRIPTORS:
-        log.warning("few_descriptors", limit=enough, expected=_DESCRIPTORS, effect="a flood may keep logins waiting")
-
-
-async def _feed_watchdog() -> None:
-    interval_s = watchdog_interval_s()
-    while interval_s > 0:
-        notify("WATCHDOG=1")
-        await asyncio.sleep(interval_s)
+        return (
+            self._job_workers,
+            self._seal_workers,
+            self._answer_workers,
+            self._slow_workers,
+            self._own_workers,
+            self._guard_workers,
+            self._note_workers,
+        )

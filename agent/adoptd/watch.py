@@ -8,6 +8,7 @@ again. Called by the service and by ``adoptctl status``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +18,15 @@ from adoptd import log, probe
 from adoptd.config import ProbeConfig
 from adoptd.connections import Witnesses
 from adoptd.connections.bpf import BpfWitness
+from adoptd.connections.conntrack import ConntrackWitness
 from adoptd.connections.diag import DiagWitness
 from adoptd.connections.proc import ProcWitness
 from adoptd.deadline import Deadline
 from adoptd.metrics import Metrics
 from adoptd.model import Connection, Owner, ProbeError, Witness, WitnessUnavailable
-from adoptd.probe.pins import OpenProbe, open_probe
+from adoptd.probe.pins import OpenProbe, open_probe, open_schema
+from adoptd.probe.record import Answer
+from adoptd.probe.sources import find_sources, schema_of
 from adoptd.workers import OutOfTime, Overloaded, Workers
 
 # The loader's own limit of 60 s is what counts; this one only keeps a stuck loader from holding the watch for ever.
@@ -62,6 +66,11 @@ class _ProbeWitness:
             raise WitnessUnavailable(self._reason)
         return self._inner.owner_of(connection, deadline)
 
+    def look_in(self, connection: Connection, netns: int) -> Optional[Answer]:
+        if self._inner is None:
+            raise WitnessUnavailable(self._reason)
+        return self._inner.look_in(connection, netns)
+
 
 class Watch:
     """The witnesses of this host, and the state of the probe."""
@@ -75,15 +84,24 @@ class Watch:
         self._bpf = _ProbeWitness()
         self._diag = DiagWitness()
         self._probe: Optional[OpenProbe] = None
-        self.witnesses = Witnesses([self._bpf, self._diag, ProcWitness()])
-        self._status = WatchStatus({Witness.BPF: "not tried yet", Witness.PROC: None})
+        self._pins_fault: Optional[str] = None
+        self._conntrack = ConntrackWitness(self._bpf, (self._bpf, self._diag))
+        self.witnesses = Witnesses([self._bpf, self._diag, self._conntrack, ProcWitness()])
+        self._status = WatchStatus(
+            {Witness.BPF: "not tried yet", Witness.DIAG: None, Witness.CONNTRACK: None, Witness.PROC: None}
+        )
         metrics.watch_probe(self.probe_counters)
-        self._test_diag()
+        self._test_others()
 
     @property
     def status(self) -> WatchStatus:
         """What is known now."""
         return self._status
+
+    @property
+    def schema(self) -> Optional[str]:
+        """Of the probe in use; None without one."""
+        return None if self._probe is None else self._probe.schema
 
     def probe_counters(self) -> Mapping[str, int]:
         """Events counted inside BPF since the probe was loaded, by kind; empty without a probe."""
@@ -92,20 +110,26 @@ class Watch:
         except ProbeError:
             return {}
 
-    async def start(self) -> None:
-        """Open the probe and test it once. Without it the agent goes on: says so, and never raises."""
+    async def open(self) -> None:
+        """Use the probe that an agent before this one left, in milliseconds. What is wrong with it is start()'s."""
         if not self._config.enabled:
             self._lose("switched off in the configuration")
             return
-        await self._attach()
+        with contextlib.suppress(ProbeError, OutOfTime, Overloaded):
+            await self._take(await self._workers.run(self._open_pinned, Deadline.after_ms(SELF_TEST_MS)))
+
+    async def start(self) -> None:
+        """Load the probe unless it is there. Without it the agent goes on: says so, and never raises."""
+        if self._config.enabled and not self._status.probe_attached:
+            await self._attach()
 
     async def run(self) -> None:
-        """Test the witnesses each interval, for ever, and load the probe again if it has gone."""
+        """Test the witnesses each interval, for ever, and load the probe again if it or its pins have gone."""
         while True:
             await asyncio.sleep(self._config.self_test_interval_s)
-            self._test_diag()
-            if self._config.enabled and (self._probe is None or not await self._self_test(self._probe)):
-                await self._attach()
+            self._test_others()
+            if self._config.enabled:
+                await self._check()
 
     def close(self) -> None:
         """Let go of the probe's pins, which stay, and of the witnesses."""
@@ -115,9 +139,41 @@ class Watch:
         self.witnesses.close()
         self._diag.close()
 
-    def _test_diag(self) -> None:
-        self._status = replace(self._status, witnesses={**self._status.witnesses, Witness.DIAG: self._diag.self_test()})
+    def _test_others(self) -> None:
+        tested = {Witness.DIAG: self._diag.self_test(), Witness.CONNTRACK: self._conntrack.self_test()}
+        self._status = replace(self._status, witnesses={**self._status.witnesses, **tested})
         self._publish()
+
+    async def _check(self) -> None:
+        """What run() does each interval."""
+        opened = self._probe
+        if opened is None or not await self._self_test(opened):
+            await self._attach()
+            return
+        try:
+            again = await self._workers.run(lambda: self._pins_again(opened), Deadline.after_ms(LOAD_MS))
+        except ProbeError as error:
+            self._doubt(str(error))
+        except (OutOfTime, Overloaded):
+            log.debug("probe_pins_unseen", error="no time to look at them")
+        else:
+            self._doubt(None)
+            if again is not None:
+                await self._take(again)
+
+    def _pins_again(self, opened: OpenProbe) -> Optional[OpenProbe]:
+        """A probe in place of ``opened``, which works but whose pins have gone; None if they are as they should be.
+
+        Its labels live with the pins: without them the next agent would have to begin anew. Raises ProbeError.
+        """
+        try:
+            open_schema(self._pin_dir, opened.schema).close()
+            return None
+        except ProbeError:
+            # In an upgrade the sources are the next agent's already: it loads them itself, and until then we go on.
+            if schema_of(find_sources(self._source_dir)) != opened.schema:
+                raise
+        return self._open_or_load()
 
     async def _attach(self) -> None:
         try:
@@ -125,18 +181,26 @@ class Watch:
         except (ProbeError, OutOfTime, Overloaded) as error:
             self._lose(str(error))
             return
+        await self._take(opened)
+
+    async def _take(self, opened: OpenProbe) -> None:
         if self._probe is not None:
             self._probe.close()
-        self._probe = opened
+        self._probe, self._pins_fault = opened, None
         if await self._self_test(opened):
             log.info("probe_attached", schema=opened.schema)
 
+    def _open_pinned(self) -> OpenProbe:
+        return _tested(open_probe(self._pin_dir, self._source_dir))
+
     def _open_or_load(self) -> OpenProbe:
         try:
-            return _tested(open_probe(self._pin_dir, self._source_dir))
+            return self._open_pinned()
         except ProbeError:
             # Not there, of another release, or attached to nothing any more: the loader puts all of that right.
-            probe.load(self._pin_dir, self._source_dir)
+            said = probe.load(self._pin_dir, self._source_dir)
+            # With what this kernel did not let it do, in the loader's words.
+            log.info("probe_loaded", said=said)
             return open_probe(self._pin_dir, self._source_dir)
 
     async def _self_test(self, opened: OpenProbe) -> bool:
@@ -152,16 +216,24 @@ class Watch:
             self._status,
             witnesses={**self._status.witnesses, Witness.BPF: None},
             probe_attached=True,
-            probe_reason="attached",
+            probe_reason="attached" if self._pins_fault is None else self._status.probe_reason,
             self_test="ok",
             self_test_at=time.monotonic(),
         )
         self._publish()
         return True
 
+    def _doubt(self, fault: Optional[str]) -> None:
+        """The open probe works. ``fault``: why an agent that is started now would not find it, None if it would."""
+        if fault is not None and fault != self._pins_fault:
+            log.error("probe_pins_unsound", error=fault, effect="a restart of the agent would have to load it anew")
+        self._pins_fault = fault
+        reason = "attached" if fault is None else f"attached, but its pins are not sound: {fault}"
+        self._status = replace(self._status, probe_reason=reason)
+
     def _lose(self, reason: str, self_test: Optional[str] = None) -> None:
         if reason != self._status.probe_reason:
-            log.error("probe_unavailable", reason=reason, effect="connections are looked up by the other witnesses")
+            log.error("probe_unavailable", error=reason, effect="connections are looked up by the other witnesses")
         self._bpf.do_without(reason)
         self._status = replace(
             self._status,

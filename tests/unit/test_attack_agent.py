@@ -24,8 +24,9 @@ import pytest
 from fakes import until
 from nobody import environment
 
-from adoptd import metrics, service
-from adoptd.metrics import SCRAPES_MAX, Metrics
+from adoptd import doors, exposition
+from adoptd.exposition import SCRAPES_MAX, serve
+from adoptd.metrics import Metrics
 from adoptd.probe import mounts
 from adoptd.server import PAM_MAX, PEER_MAX, USER_MAX
 from adoptd.service import Service
@@ -76,21 +77,23 @@ def test_who_takes_our_ports_keeps_nobody_from_logging_in(
 
     The PAM socket is served all the same, and each port as soon as it is free.
     """
-    monkeypatch.setattr(service, "_PORT_RETRY_S", 0.05)
+    monkeypatch.setattr(doors, "_PORT_RETRY_S", 0.05)
     ports = [each.getsockname()[1] for each in taken]
     agent = Service(configured(tmp_path, *ports))
 
     async def main() -> None:
         running = asyncio.create_task(agent._main())
         try:
-            await until(lambda: running.done() or agent._shut_ports)
+            await until(lambda: running.done() or (agent._doors is not None and agent._doors.taken_ports))
             assert not running.done(), running.exception()
-            assert sorted(agent._shut_ports) == ["callerid", "metrics"]
+            opened = agent._doors
+            assert opened is not None
+            assert opened.taken_ports == ("callerid", "metrics")
             _, writer = await asyncio.open_unix_connection(str(tmp_path / "run" / "pam.sock"))
             writer.close()
             for each in taken:
                 each.close()
-            await until(lambda: not agent._shut_ports)
+            await until(lambda: not opened.taken_ports)
             assert all(is_served(port) for port in ports)
         finally:
             if not running.done():
@@ -104,8 +107,8 @@ def test_every_door_can_be_full_at_once() -> None:
     """With the usual soft limit of 1024 descriptors the peers' door alone takes all that the PAM door needs."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = (
-        "import resource\nfrom adoptd import service\n"
-        f"resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))\nservice._allow_descriptors()\n"
+        "import resource\nfrom adoptd.daemon import allow_descriptors\nfrom adoptd.service import _DESCRIPTORS\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))\nallow_descriptors(_DESCRIPTORS)\n"
         "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30)
@@ -119,12 +122,12 @@ def test_every_door_can_be_full_at_once() -> None:
 def test_silent_scrapers_cost_a_bounded_number_of_threads_and_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread and a descriptor of root's for every connection that anybody cares to open would be for the taking."""
     # So that it is the bound that ends them.
-    monkeypatch.setattr(metrics._ScrapeHandler, "timeout", 60.0)
+    monkeypatch.setattr(exposition._ScrapeHandler, "timeout", 60.0)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     threads = threading.active_count()
-    Metrics().serve("127.0.0.1", port)
+    serve(Metrics().registry, "127.0.0.1", port)
     silent: List[socket.socket] = []
     try:
         for _ in range(5 * SCRAPES_MAX):

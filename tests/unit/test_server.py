@@ -21,7 +21,8 @@ from nobody import NOBODY, environment, nobody_command, public_path
 from adoptd.callerid import Refused
 from adoptd.metrics import Door, Metrics, Refusal
 from adoptd.model import AdoptdError
-from adoptd.server import Caller, Conversation, Doorkeeper, Handler, bind_tcp, bind_unix
+from adoptd.server import Conversation, Doorkeeper, Handler
+from adoptd.sockets import Caller, SocketName, bind_tcp, bind_unix
 
 __all__ = ["public_path"]
 
@@ -49,7 +50,10 @@ class House:
         self.metrics = Metrics()
         self.door = Door.PEER if path is None else Door.USER
         self.path = path
-        self.sockets = [bind_unix(str(path), 0o600)] if path is not None else bind_tcp(["127.0.0.1"], 0)
+        if path is not None:
+            self.sockets = [bind_unix(str(path), 0o600)]
+        else:
+            self.sockets = [*bind_tcp(["127.0.0.1"], 0), *bind_tcp(["::1"], 0)]
         self.keeper = Doorkeeper(self.door, self.sockets, handler, self.metrics, read_s, bound, bound_per_caller)
         self.address = self.sockets[0].getsockname()
         self.keeper.open()
@@ -315,9 +319,8 @@ def test_one_caller_s_bound_costs_no_other_caller(tmp_path: Path) -> None:
 
     async def story() -> None:
         async with House(bound=100, bound_per_caller=2) as house:
-            other = socket.socket()
-            other.bind(("127.0.0.9", 0))
-            other.connect(house.address)
+            other = socket.socket(socket.AF_INET6)
+            other.connect(house.sockets[1].getsockname())
             other.setblocking(False)
             await until(lambda: house.in_flight == 1)
             mine = [house.connect() for _ in range(6)]
@@ -363,7 +366,7 @@ def test_who_has_been_heard_is_not_dropped(tmp_path: Path) -> None:
 
 
 def test_close_finishes_what_is_in_flight_and_takes_no_more(place: Optional[Path]) -> None:
-    """A request that was heard gets its answer; a silent one is dropped; a newcomer is refused."""
+    """A request that was heard gets its answer; a silent one is dropped in time; a newcomer is refused."""
 
     async def story() -> None:
         heard, working = asyncio.Event(), asyncio.Event()
@@ -375,7 +378,7 @@ def test_close_finishes_what_is_in_flight_and_takes_no_more(place: Optional[Path
             await working.wait()
             await conversation.send(b"1234done")
 
-        house = House(patient, path=place)
+        house = House(patient, path=place, read_s=0.5)
         asked = asyncio.create_task(house.ask())
         await heard.wait()
         with house.connect() as silent:
@@ -534,3 +537,95 @@ def test_the_caller_is_who_the_kernel_says(public_path: Path) -> None:
         await keeper.close(1.0)
 
     asyncio.run(tell())
+
+
+# ---- over a restart
+
+
+def test_a_name_is_removed_only_while_it_is_ours(tmp_path: Path) -> None:
+    """By its inode: what another process has put in its place stays."""
+    path = tmp_path / "s"
+    with bind_unix(str(path), 0o600) as first:
+        name = SocketName.of(first)
+        path.unlink()
+        with bind_unix(str(path), 0o600) as second:
+            name.remove()
+            assert path.exists()
+            SocketName.of(second).remove()
+            assert not path.exists()
+            name.remove()
+
+
+def test_at_the_end_who_waits_is_served_and_the_name_is_gone_first(tmp_path: Path) -> None:
+    """Whoever is in the backlog at SIGTERM was not refused, so is not lost."""
+
+    async def story() -> None:
+        path = tmp_path / "s"
+        listener = bind_unix(str(path), 0o600)
+        keeper = Doorkeeper(Door.USER, [listener], echo, Metrics(), 5.0, 100, names=[SocketName.of(listener)])
+        keeper.open()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(struct.pack("!I", 5) + b"hello")
+            # Without a turn of the loop in between: it has not been accepted yet.
+            await keeper.close(5.0)
+            assert client.recv(100) == struct.pack("!I", 5) + b"hello"
+        assert not path.exists()
+
+    in_a_loop(story)
+
+
+def test_who_waits_at_a_socket_that_outlives_us_is_left_to_the_next(tmp_path: Path) -> None:
+    """The service manager keeps it open: the one after us serves from the same backlog."""
+
+    async def story() -> None:
+        path = tmp_path / "s"
+        with bind_unix(str(path), 0o600) as managers, socket.socket(socket.AF_UNIX) as client:
+            first = Doorkeeper(Door.USER, [managers.dup()], echo, Metrics(), 5.0, 100, outlive_us=True)
+            first.open()
+            client.connect(str(path))
+            client.sendall(struct.pack("!I", 5) + b"hello")
+            await first.close(1.0)
+            second = Doorkeeper(Door.USER, [managers.dup()], echo, Metrics(), 5.0, 100, outlive_us=True)
+            second.open()
+            client.setblocking(False)
+            assert await asyncio.get_running_loop().sock_recv(client, 100) == struct.pack("!I", 5) + b"hello"
+            await second.close(1.0)
+            assert path.exists()
+
+    in_a_loop(story)
+
+
+def test_no_work_is_done_for_who_has_gone(place: Optional[Path]) -> None:
+    """A message that is complete, of a caller that gave up before we came to it: not a refusal, nothing is counted."""
+
+    async def story() -> None:
+        read, worked = [], []
+
+        async def work(conversation: Conversation) -> None:
+            read.append(await conversation.read_frame(FRAME_MAX))
+            conversation.heard()
+            worked.append(True)
+
+        async with House(work, path=place) as house:
+            client = house.connect()
+            await asyncio.get_running_loop().sock_sendall(client, struct.pack("!I", 5) + b"hello")
+            client.close()
+            await until(lambda: read and house.in_flight == 0)
+            assert worked == []
+            assert sum(house.refused(reason) for reason in Refusal) == 0
+
+    in_a_loop(story)
+
+
+def test_half_a_close_of_a_unix_socket_is_no_farewell(tmp_path: Path) -> None:
+    """A caller that has said all it has to say may close its side and wait for the answer."""
+
+    async def story() -> None:
+        async with House(path=tmp_path / "s") as house:
+            with house.connect() as client:
+                await asyncio.get_running_loop().sock_sendall(client, struct.pack("!I", 5) + b"hello")
+                client.shutdown(socket.SHUT_WR)
+                assert (await everything(client))[4:] == b"hello"
+
+    in_a_loop(story)

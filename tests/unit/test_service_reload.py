@@ -19,14 +19,14 @@ import pytest
 from fakes import until
 from nobody import environment
 
-from adoptd import config, control, log, service
+from adoptd import assembly, config, control, exposition, log, service
 from adoptd.client import ask_agent
 from adoptd.config import Config
 from adoptd.metrics import Metrics
-from adoptd.seal import Seal
-from adoptd.server import bind_tcp
+from adoptd.seal import Seal, SealError, SealFault
 from adoptd.service import Service
 from adoptd.slurm_site import configured_seal
+from adoptd.sockets import bind_tcp
 from adoptd.wire.control import Command, Result
 
 
@@ -60,7 +60,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     logger = logging.getLogger("adoptd")
     handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
     # Its answer is believed only if it is root's; and only root's agent is this test's business.
-    monkeypatch.setattr("adoptd.client.Caller.of", lambda sock: type("Root", (), {"uid": 0}))
+    monkeypatch.setattr("adoptd.client.Caller.of", lambda sock: type("Root", (), {"uid": 0, "pid": 1}))
     yield Site(tmp_path)
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
@@ -104,7 +104,8 @@ def test_a_socket_that_moved_in_the_file_stays_where_it_is(site: Site) -> None:
             assert config.needs_restart(agent._config, config.load(site.file)) == ("agent.user_socket",)
 
     serve(site, check)
-    assert [path.name for path in site.run.iterdir()] == ["other.sock"]
+    # The sessions and the logins in progress are for the next agent.
+    assert sorted(path.name for path in site.run.iterdir()) == ["logins", "other.sock", "sessions"]
 
 
 def test_a_reload_that_waits_for_munged_keeps_nobody_waiting(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +120,7 @@ def test_a_reload_that_waits_for_munged_keeps_nobody_waiting(site: Site, monkeyp
     site.make_key()
 
     async def check(agent: Service) -> None:
-        monkeypatch.setattr(service, "configured_seal", slow)
+        monkeypatch.setattr(assembly, "configured_seal", slow)
         site.write(node="n2")
         os.kill(os.getpid(), signal.SIGHUP)
         await until(waiting.is_set)
@@ -180,7 +181,7 @@ def test_a_port_that_is_taken_is_named() -> None:
         with pytest.raises(OSError, match=f"127.0.0.1 port {port}: Address already in use"):
             bind_tcp(["127.0.0.1"], port)
         with pytest.raises(OSError, match=f"/metrics on 127.0.0.1 port {port}: Address already in use"):
-            Metrics().serve("127.0.0.1", port)
+            exposition.serve(Metrics().registry, "127.0.0.1", port)
 
 
 def test_only_the_journal_is_taken_for_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,3 +221,27 @@ def test_the_end_does_not_wait_for_a_munged_that_hangs(site: Site) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert "no result within the deadline" in ended.stderr
+
+
+def test_a_reload_keeps_a_seal_that_has_not_changed(site: Site) -> None:
+    """What was sealed before it is opened after it, and once; another key is another seal."""
+    site.make_key()
+
+    async def check(agent: Service) -> None:
+        before = agent._seal
+        assert before is not None
+        sealed = [before.seal(b"asked before the reload") for _ in range(2)]
+        assert before.open(sealed[0]).payload == b"asked before the reload"
+        site.write(node="n2")
+        await reloaded(site, "n2")
+        assert agent._seal is before
+        assert before.open(sealed[1]).payload == b"asked before the reload"
+        with pytest.raises(SealError) as refusal:
+            before.open(sealed[0])
+        assert refusal.value.fault is SealFault.REPLAYED
+        site.make_key()
+        site.write(node="n3")
+        await reloaded(site, "n3")
+        assert agent._seal is not before
+
+    serve(site, check)

@@ -81,7 +81,7 @@ def test_only_a_self_test_moves_the_time_of_the_self_test(host: Host) -> None:
     """An alert on a self-test that is no longer made must not be put off by the other witnesses' tests."""
     asyncio.run(host.watch.start())
     host.metrics.self_test_time.set(1.0)
-    host.watch._test_diag()
+    host.watch._test_others()
     assert host.tested_at == 1.0
     host.fault = "gone"
     asyncio.run(host.watch._attach())

@@ -1,0 +1,161 @@
+"""What comes while there is no agent is served by the next; what was answered before is not answered again."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import signal
+import socket
+import time
+from typing import Iterator
+
+import pytest
+from real_agent import JobProcess, RealAgent, job, until
+from real_agent import settled_agent as agent
+
+from adoptd.client import ask_agent
+from adoptd.model import Connection, Endpoint
+from adoptd.seal import Seal, open_seal
+from adoptd.wire import frame
+from adoptd.wire.callerid import Outcome, Question, decode_answer, encode_question
+from adoptd.wire.control import Command
+from munged import Munged, running_munged
+
+__all__ = ["agent", "job"]
+
+pytestmark = pytest.mark.timeout(180)
+
+WAIT_S = 20.0
+
+
+@pytest.fixture
+def munged() -> Iterator[Munged]:
+    """A MUNGE daemon, which outlives the agents."""
+    with running_munged() as running:
+        yield running
+
+
+def _seal(made: RealAgent, scheme: str, munged: Munged) -> Seal:
+    """Set the agent up for ``scheme``, and another agent's means to ask it."""
+    made.configure(seal=f"scheme = '{scheme}'\nmunge_socket = '{munged.socket}'")
+    return open_seal(scheme, made.directory / "key", munged.socket, 10)
+
+
+def _question(seal: Seal, connection: Connection) -> bytes:
+    here = Endpoint.parse("127.0.0.1:1").address
+    asked = Question(nonce=secrets.token_hex(16), responder=here, connection=connection, login_uid=0)
+    return frame.encode_frame(seal.seal(encode_question(asked), 0), frame.CALLERID_MAX_BYTES)
+
+
+def _send(made: RealAgent, sealed: bytes) -> socket.socket:
+    asking = socket.create_connection(("127.0.0.1", made.port), WAIT_S)
+    asking.sendall(sealed)
+    return asking
+
+
+def _received(asking: socket.socket) -> bytes:
+    """The sealed answer, nothing if there is none."""
+    with asking:
+        data = b""
+        while chunk := asking.recv(65536):
+            data += chunk
+    return data[frame.PREFIX_BYTES :]
+
+
+def _outcome(seal: Seal, answer: bytes) -> Outcome:
+    return decode_answer(seal.open(answer).payload).outcome
+
+
+def _gone(made: RealAgent, how: signal.Signals) -> None:
+    """End the agent, and return as soon as it has ended: the next one is not there yet."""
+    assert made.activator is not None
+    assert made.activator.stdout is not None
+    made.activator.send_signal(how)
+    while not made.activator.stdout.readline().startswith(b"ended"):
+        pass
+
+
+@contextlib.contextmanager
+def _next_agent(made: RealAgent) -> Iterator[None]:
+    before = made.ready_count()
+    yield
+    until(lambda: made.ready_count() > before, "the next agent")
+
+
+@pytest.mark.parametrize("scheme", ["key", "munge"])
+def test_a_question_that_was_answered_is_not_answered_by_the_next_agent(
+    agent: RealAgent, job: JobProcess, munged: Munged, scheme: str
+) -> None:
+    """Killed, so that it could note nothing down: a recorded question is refused all the same, a new one is not."""
+    seal = _seal(agent, scheme, munged)
+    agent.activate()
+    sealed = _question(seal, job.connect())
+    assert _outcome(seal, _received(_send(agent, sealed))) is Outcome.JOB
+    assert _received(_send(agent, sealed)) == b""
+    agent.restart(signal.SIGUSR1)
+    assert _received(_send(agent, sealed)) == b""
+    assert agent.metric('adoptd_messages_refused_total{reason="replayed",socket="peer"}') == 1
+    assert _outcome(seal, _received(_send(agent, _question(seal, job.connect())))) is Outcome.JOB
+
+
+@pytest.mark.parametrize("how", [signal.SIGUSR1, signal.SIGHUP], ids=["killed", "restarted"])
+def test_what_comes_while_there_is_no_agent_is_served_by_the_next(
+    agent: RealAgent, job: JobProcess, munged: Munged, how: signal.Signals
+) -> None:
+    """A user's command, and a question sealed under MUNGE, whose daemon knows that it has not seen it before."""
+    seal = _seal(agent, "munge", munged)
+    agent.activate()
+    connection = job.connect()
+    with _next_agent(agent):
+        _gone(agent, how)
+        asking = _send(agent, _question(seal, connection))
+        assert ask_agent(str(agent.user), Command("status", {}))["node"] == "n1"
+        assert _outcome(seal, _received(asking)) is Outcome.JOB
+
+
+def test_a_question_under_a_key_from_before_the_start_is_refused(
+    agent: RealAgent, job: JobProcess, munged: Munged
+) -> None:
+    """Under a key nobody but the agent remembers, and the one before it may have answered it: it must be asked anew."""
+    seal = _seal(agent, "key", munged)
+    agent.activate()
+    with _next_agent(agent):
+        _gone(agent, signal.SIGUSR1)
+        assert _received(_send(agent, _question(seal, job.connect()))) == b""
+    assert agent.metric('adoptd_messages_refused_total{reason="replayed",socket="peer"}') == 1
+
+
+def test_who_gave_up_while_there_was_no_agent_costs_nothing(agent: RealAgent, job: JobProcess, munged: Munged) -> None:
+    """Questions whose askers have gone are not opened, let alone answered; those who wait are."""
+    seal = _seal(agent, "munge", munged)
+    agent.activate()
+    gone = [_question(seal, job.connect()) for _ in range(50)]
+    with _next_agent(agent):
+        _gone(agent, signal.SIGUSR1)
+        for sealed in gone:
+            _send(agent, sealed).close()
+        assert _outcome(seal, _received(_send(agent, _question(seal, job.connect())))) is Outcome.JOB
+    assert agent.lines(" callerid_answered ") == 1
+    # Not opened: each is still good for one answer.
+    assert _outcome(seal, _received(_send(agent, gone[0]))) is Outcome.JOB
+
+
+def test_commands_over_restarts_in_order_are_all_answered(agent: RealAgent) -> None:
+    """One after the other, without a pause, over five of them. (Only pam_adopt.so asks a killed agent's successor.)"""
+    agent.activate()
+    for _ in range(5):
+        with _next_agent(agent):
+            assert agent.activator is not None
+            agent.activator.send_signal(signal.SIGHUP)
+            end = time.monotonic() + 1.0
+            while time.monotonic() < end:
+                assert agent.status()["node"] == "n1"
+
+
+def test_a_socket_outlives_its_agents(agent: RealAgent) -> None:
+    """The same inodes after any number of agents, however they ended."""
+    agent.activate()
+    before = [path.stat().st_ino for path in (agent.pam, agent.user)]
+    for how in (signal.SIGHUP, signal.SIGUSR1):
+        agent.restart(how)
+    assert [path.stat().st_ino for path in (agent.pam, agent.user)] == before
