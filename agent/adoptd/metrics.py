@@ -1,33 +1,27 @@
 """Every metric the agent exports, with its labels' closed value sets.
 
 Owns the names. Label values come from enums of this project, never from a message: no user, job or
-pid is a label, so the number of series is bounded by this file. prometheus-client does the counting and
-the HTTP. Called by the journeys, the servers and the service.
+pid is a label, so the number of series is bounded by this file. prometheus-client does the counting; how the
+metrics leave the agent is exposition's. Called by the journeys, the servers and the service.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import platform
-import socket
-import threading
-from http.server import ThreadingHTTPServer
-from typing import Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
+from typing import Callable, Iterator, Mapping, Optional, Sequence, Tuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, MetricsHandler, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from adoptd import __version__
-from adoptd.model import Witness
+from adoptd.model import JobFault, Witness
 from adoptd.wire.callerid import Outcome
 
-# Prometheus has one connection; some more for a second server and a person. A request is sent with the connection.
-SCRAPES_MAX = 16
-SCRAPE_READ_S = 2.0
-
-_Request = Union[socket.socket, Tuple[bytes, socket.socket]]
+# bcc: of the distribution's package, as installed. schema: of the probe in force. job_manager: the backend, and the
+# release of its protocol where it has been heard. cgroups: v1, v2 or hybrid.
+HOST_FACTS = ("bcc", "schema", "job_manager", "cgroups")
 
 
 class Door(enum.Enum):
@@ -59,6 +53,7 @@ class Refusal(enum.Enum):
 
 
 # From an answer without MUNGE to the 1 s that a whole login may take by default; what takes longer shows as +Inf.
+_SHARES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -79,8 +74,8 @@ class Metrics:
 
         self.adoptions = Counter(
             "adoptd_adoptions_total",
-            "Decisions about logins, by PAM phase, mode, outcome and the reason for it.",
-            ["phase", "mode", "outcome", "reason"],
+            "Decisions about logins, by PAM phase, mode, outcome, the reason for it, and who named the job.",
+            ["phase", "mode", "outcome", "reason", "witness"],
             registry=self.registry,
         )
         self.adoption_seconds = Histogram(
@@ -88,6 +83,32 @@ class Metrics:
             "Time from a PAM request's last byte to its reply.",
             ["phase"],
             buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.budget_used = Histogram(
+            "adoptd_adoption_budget_used_ratio",
+            "Share of the PAM line's timeout_ms that a phase took; above 1 nobody waited for the reply.",
+            ["phase"],
+            buckets=_SHARES,
+            registry=self.registry,
+        )
+        self.stage_seconds = Histogram(
+            "adoptd_stage_duration_seconds",
+            "Time that one stage of an adoption took, or of an answer to another node.",
+            ["journey", "stage"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.observed = Counter(
+            "adoptd_observed_total",
+            "Logins seen in observe mode, by where another module had put them and what we would have done.",
+            ["agreement", "found", "would"],
+            registry=self.registry,
+        )
+        self.job_faults = Counter(
+            "adoptd_job_faults_total",
+            "What was wrong with the job manager, by the stage of a login that met it; worked_around: no login did.",
+            ["stage", "fault"],
             registry=self.registry,
         )
         self.asked = Counter(
@@ -102,6 +123,11 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.unheard_peers = Gauge(
+            "adoptd_callerid_unheard_peers",
+            "Source nodes that did not answer when last asked, within the last hour; `adoptctl status` names them.",
+            registry=self.registry,
+        )
         self.answered = Counter(
             "adoptd_callerid_answered_total",
             "Callerid questions this node answered, by what it said.",
@@ -114,6 +140,33 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.joins = Counter(
+            "adoptd_joins_total",
+            "Sessions that their users asked to move into another job of theirs, by what came of it.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.escapes = Counter(
+            "adoptd_escapes_total",
+            "Sessions seen outside the job they were put into, by who moved them out and what came of it.",
+            ["mover", "outcome"],
+            registry=self.registry,
+        )
+        self.notes = Gauge(
+            "adoptd_connection_notes",
+            "Connections whose job was noted as they were made, where jobs may be on cgroup v1.",
+            registry=self.registry,
+        )
+        self.sessions = Gauge(
+            "adoptd_sessions",
+            "Sessions that were adopted and live.",
+            registry=self.registry,
+        )
+        self.session_watch_attached = Gauge(
+            "adoptd_session_watch_attached",
+            "1 if the kernel tells when a session's process is moved, 0 if sessions are only looked at now and then.",
+            registry=self.registry,
+        )
         self.refused = Counter(
             "adoptd_messages_refused_total",
             "Messages from outside that were refused, by socket and reason.",
@@ -124,6 +177,12 @@ class Metrics:
             "adoptd_requests_in_flight",
             "Requests being served now, by socket.",
             ["socket"],
+            registry=self.registry,
+        )
+        self.queue_waiting = Gauge(
+            "adoptd_queue_waiting",
+            "What waits now: logins and commands for their turn, calls under way or waiting in each pool of threads.",
+            ["queue"],
             registry=self.registry,
         )
         self.witness_up = Gauge(
@@ -161,6 +220,54 @@ class Metrics:
         """Count one refused message."""
         self.refused.labels(door.value, reason.value).inc()
 
+    def count_observed(self, agreement: str, found: str, would: str, logins: int = 1) -> None:
+        """Count observed logins; 0 makes the series. The words are those of observed's enums."""
+        self.observed.labels(agreement, found, would).inc(logins)
+
+    def count_adoption(
+        self, phase: str, mode: str, outcome: str, reason: str, witness: Optional[Witness], request_id: str
+    ) -> None:
+        """Count one decision. The request id goes with it where the scraper asks for OpenMetrics (an exemplar)."""
+        labels = self.adoptions.labels(phase, mode, outcome, reason, _witness_label(witness))
+        labels.inc(exemplar={"request_id": request_id})
+
+    def observe_login(
+        self, phase: str, seconds: float, budget_s: float, stages: Sequence[Tuple[str, float]], request_id: str
+    ) -> None:
+        """Note how long one phase and each of its stages (name, seconds) took."""
+        self.adoption_seconds.labels(phase).observe(seconds, {"request_id": request_id})
+        self.budget_used.labels(phase).observe(seconds / budget_s)
+        for stage, took_s in stages:
+            self.stage_seconds.labels("adoption", stage).observe(took_s)
+
+    def observe_answer_stage(self, stage: enum.Enum, seconds: float) -> None:
+        """Note how long one stage of an answer took. From any thread."""
+        self.stage_seconds.labels("answer", stage.value).observe(seconds)
+
+    def watch_queue(self, queue: str, waiting: Callable[[], int]) -> None:
+        """Export ``waiting()``, read at each scrape, as the length of one queue."""
+        self.queue_waiting.labels(queue).set_function(waiting)
+
+    def watch_host(self, facts: Callable[[], Mapping[str, str]]) -> None:
+        """Export ``facts()``: what the agent runs on and with, read at each scrape. Keys as in HOST_FACTS."""
+        self.registry.register(_HostFacts(facts))
+
+    def count_job_fault(self, stage: str, fault: JobFault) -> None:
+        """Count one fault of the job manager's. ``stage`` is one of a login's, or worked_around. From any thread."""
+        self.job_faults.labels(stage, fault.value).inc()
+
+    def count_escape(self, mover: str, outcome: str, escapes: int = 1) -> None:
+        """Count escapes; 0 makes the series. The words are those of the sessions' enums."""
+        self.escapes.labels(mover, outcome).inc(escapes)
+
+    def watch_sessions(self, count: Callable[[], int]) -> None:
+        """Export ``count()``, asked at each scrape, from another thread."""
+        self.sessions.set_function(count)
+
+    def watch_notes(self, count: Callable[[], int]) -> None:
+        """Export ``count()``, asked at each scrape, from another thread."""
+        self.notes.set_function(count)
+
     def count_asked(self, outcome: Outcome, reason: str, witness: Optional[Witness], seconds: float) -> None:
         """Count one question this node asked. ``reason`` is the value of one of callerid's enums."""
         self.asked.labels(outcome.value, reason, _witness_label(witness)).inc()
@@ -189,71 +296,6 @@ class Metrics:
         """Export ``counters()``, the events counted inside BPF by kind, read at each scrape."""
         self.registry.register(_ProbeEvents(counters))
 
-    def serve(self, address: str, port: int) -> None:
-        """Serve /metrics from a thread of prometheus-client's. Raises OSError if the port cannot be had."""
-        try:
-            server = _ScrapeServer(address, port, self.registry)
-        except OSError as error:
-            raise OSError(error.errno, f"/metrics on {address} port {port}: {error.strerror}") from None
-        # A daemon: it ends with the process.
-        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
-
-
-class _ScrapeHandler(MetricsHandler):
-    timeout = SCRAPE_READ_S
-
-    def do_GET(self) -> None:
-        # One at a time: threads that render all at once would fight the event loop for the interpreter.
-        if isinstance(self.server, _ScrapeServer):
-            self.server.heard(self.connection)
-            with self.server.rendering:
-                super().do_GET()
-
-
-class _ScrapeServer(ThreadingHTTPServer):
-    """prometheus-client's handler behind bounds, which its own server lacks: any user of the node reaches it.
-
-    As at the other doors, over the bound who was silent longest goes.
-    """
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, address: str, port: int, registry: CollectorRegistry) -> None:
-        if ":" in address:
-            self.address_family = socket.AF_INET6
-        self.rendering = threading.Lock()
-        self._lock = threading.Lock()
-        # Who is served, oldest first; True: has sent a request.
-        self._served: Dict[object, bool] = {}
-        super().__init__((address, port), _ScrapeHandler.factory(registry))
-
-    def heard(self, connection: socket.socket) -> None:
-        """The request has come: this connection is no longer one that may be dropped for its silence."""
-        with self._lock:
-            if connection in self._served:
-                self._served[connection] = True
-
-    def process_request(self, request: _Request, client_address: object) -> None:
-        with self._lock:
-            self._served[request] = False
-            if len(self._served) > SCRAPES_MAX:
-                silent = next(each for each, heard in self._served.items() if not heard)
-                # Its thread reads the end and closes it. Forgotten now: the next one must not choose it again.
-                del self._served[silent]
-                if isinstance(silent, socket.socket):
-                    with contextlib.suppress(OSError):
-                        silent.shutdown(socket.SHUT_RDWR)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: _Request) -> None:
-        with self._lock:
-            self._served.pop(request, None)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing: who went away in the middle is no event, and standard error is the log's."""
-
 
 class _ProbeEvents(Collector):
     """The counters live in the kernel and outlast the agent, so they are read and never kept here."""
@@ -267,6 +309,21 @@ class _ProbeEvents(Collector):
         )
         for kind, count in self._counters().items():
             family.add_metric([kind], count)
+        yield family
+
+
+class _HostFacts(Collector):
+    """Found out while the agent runs (a Slurm that is upgraded under it), so read anew."""
+
+    def __init__(self, facts: Callable[[], Mapping[str, str]]) -> None:
+        self._facts = facts
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "adoptd_host_info", "Always 1; the labels say what the agent runs with.", labels=HOST_FACTS
+        )
+        facts = self._facts()
+        family.add_metric([facts.get(name) or "unknown" for name in HOST_FACTS], 1)
         yield family
 
 

@@ -5,37 +5,47 @@ After a change that is meant: ADOPTD_UPDATE_GOLDEN=1 pytest tests/unit/test_metr
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Dict, FrozenSet, List, Set, Tuple
+from typing import Dict, List, Set, Tuple
 
 import pytest
+from generate.labels import CLOSED, FACTS
 from prometheus_client import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
-from adoptd.callerid import AskFault
+from adoptd.callerid import AnswerStage, AskFault
 from adoptd.metrics import Door, Metrics, Refusal
-from adoptd.model import Witness
-from adoptd.policy import Situation, Step
+from adoptd.model import JobFault, Witness
+from adoptd.probe.record import COUNTERS
 from adoptd.wire.callerid import Outcome, Reason
-from adoptd.wire.pam import Mode, Phase
 
 GOLDEN = Path(__file__).with_name("golden") / "metrics.txt"
 
-PROBE_KINDS = {"storage_failed": 3, "wrong_family": 0}
+PROBE_KINDS = {COUNTERS[0]: 3, COUNTERS[1]: 0}
 
 
 def filled() -> Metrics:
     """Metrics in which every family has at least one series."""
     metrics = Metrics()
-    metrics.adoptions.labels("account", "enforce", "adopted", "callerid").inc()
-    metrics.adoption_seconds.labels("account").observe(0.002)
+    metrics.count_adoption("account", "enforce", "adopted", "callerid", Witness.BPF, "q1")
+    metrics.count_adoption("account", "enforce", "denied", "no_jobs", None, "q2")
+    metrics.observe_login("account", 0.002, 1.0, [("jobs_here", 0.001), ("decide", 0.0)], "q1")
+    metrics.observe_answer_stage(AnswerStage.FIND_OWNER, 0.00002)
     metrics.count_asked(Outcome.JOB, Reason.OWNER.value, Witness.BPF, 0.002)
     metrics.count_asked(Outcome.UNKNOWN, AskFault.TIMEOUT.value, None, 2.0)
     metrics.count_answered(Outcome.NO_JOB, Reason.OWNER.value, None, 0.001)
     metrics.refuse(Door.PEER, Refusal.BAD_SEAL)
+    metrics.count_observed("agree", "that_job", "adopt")
+    metrics.count_job_fault("adopt", JobFault.JOB_ENDED)
+    metrics.count_escape("systemd", "readopted")
+    metrics.joins.labels("joined").inc()
+    metrics.watch_queue("jobs", lambda: 3)
+    metrics.watch_host(lambda: {"bcc": "0.26.0", "schema": "ab12", "job_manager": "slurm", "cgroups": "hybrid"})
     metrics.show_witnesses({Witness.BPF: True, Witness.DIAG: False})
     metrics.watch_probe(lambda: PROBE_KINDS)
     metrics.show_self_test(True)
@@ -73,32 +83,6 @@ def test_promtool_has_nothing_to_say() -> None:
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
 
 
-ADOPTION_REASONS = {member.value for member in Situation} | {member.value for member in Step} | {"account_phase"}
-CALLERID_REASONS = {member.value for member in Reason} | {member.value for member in AskFault}
-WITNESSES = {member.value for member in Witness}
-
-# Every label of every family, with all values it may ever have; build_info has one series per build.
-CLOSED: Dict[Tuple[str, str], Set[str]] = {
-    ("adoptd_adoptions", "phase"): {phase.name.lower() for phase in Phase},
-    ("adoptd_adoptions", "mode"): {mode.name.lower() for mode in Mode},
-    ("adoptd_adoptions", "outcome"): {"adopted", "allowed", "denied", "ignored"},
-    ("adoptd_adoptions", "reason"): ADOPTION_REASONS,
-    ("adoptd_adoption_duration_seconds", "phase"): {phase.name.lower() for phase in Phase},
-    ("adoptd_callerid_asked", "outcome"): {outcome.value for outcome in Outcome},
-    ("adoptd_callerid_asked", "reason"): CALLERID_REASONS,
-    ("adoptd_callerid_asked", "witness"): WITNESSES | {"none"},
-    ("adoptd_callerid_answered", "outcome"): {outcome.value for outcome in Outcome},
-    ("adoptd_callerid_answered", "reason"): {reason.value for reason in Reason},
-    ("adoptd_callerid_answered", "witness"): WITNESSES | {"none"},
-    ("adoptd_messages_refused", "socket"): {door.value for door in Door},
-    ("adoptd_messages_refused", "reason"): {reason.value for reason in Refusal},
-    ("adoptd_requests_in_flight", "socket"): {door.value for door in Door},
-    ("adoptd_witness_up", "witness"): WITNESSES,
-    ("adoptd_probe_events", "kind"): set(PROBE_KINDS),
-}
-OF_THE_BUILD: FrozenSet[str] = frozenset({"version", "python", "kernel"})
-
-
 def test_every_label_has_a_closed_set() -> None:
     """No family has a label that is not listed above: no user, job, pid, address or connection."""
     found: Set[Tuple[str, str]] = set()
@@ -107,18 +91,17 @@ def test_every_label_has_a_closed_set() -> None:
             for label, value in sample.labels.items():
                 if label == "le" or family.name.startswith("process_"):
                     continue
-                if family.name == "adoptd_build_info":
-                    assert label in OF_THE_BUILD
+                if family.name in FACTS:
                     continue
                 found.add((family.name, label))
-                assert value in CLOSED[family.name, label]
-    assert found == set(CLOSED)
+                assert value in CLOSED[family.name][label]
+    assert found == {(name, label) for name, labels in CLOSED.items() for label in labels}
 
 
 def test_label_values_are_plain_words() -> None:
     """Values are written in queries and alert rules: lower case, digits and underscores."""
-    for values in CLOSED.values():
-        for value in values:
+    for labels in CLOSED.values():
+        for value in itertools.chain.from_iterable(labels.values()):
             assert value.replace("_", "").isalnum()
             assert value == value.lower()
 
@@ -169,3 +152,22 @@ def test_two_agents_in_one_process_share_nothing() -> None:
     one.refuse(Door.PAM, Refusal.SLOW)
     labels = {"socket": "pam", "reason": "slow"}
     assert other.registry.get_sample_value("adoptd_messages_refused_total", labels) is None
+
+
+def test_logins_carry_their_request_id_where_openmetrics_is_asked_for() -> None:
+    """An exemplar leads from a slow login in the dashboard to its line in the log; plain text has no exemplars."""
+    registry = filled().registry
+    lines = generate_openmetrics(registry).decode().splitlines()
+    counted = [line for line in lines if line.startswith("adoptd_adoptions_total{") and 'reason="no_jobs"' in line]
+    assert [line for line in counted if '# {request_id="q2"} 1.0' in line] == counted
+    assert any(
+        line.startswith("adoptd_adoption_duration_seconds_bucket") and 'request_id="q1"' in line for line in lines
+    )
+    assert b"request_id" not in generate_latest(registry)
+
+
+def test_facts_that_are_not_known_yet_are_called_so() -> None:
+    metrics = Metrics()
+    metrics.watch_host(lambda: {"bcc": "0.26.0"})
+    labels = {"bcc": "0.26.0", "schema": "unknown", "job_manager": "unknown", "cgroups": "unknown"}
+    assert metrics.registry.get_sample_value("adoptd_host_info", labels) == 1

@@ -1,0 +1,223 @@
+"""The rows that explain: questions between nodes, sessions, witnesses and the agent itself."""
+
+from __future__ import annotations
+
+from generate.parts import HALF, QUARTER, THIRD, Row, graph, states
+from generate.queries import DISBELIEVED, NODE, UNHEARD, quantile, total
+
+
+def callerid() -> Row:
+    """Both ends of the questions between nodes."""
+    return "Callerid: which job does a connection come from?", [
+        graph(
+            "Asked of other nodes, by outcome",
+            "job: named. no_job: the process is in none. unknown: could not be told, or nobody answered.",
+            "reqps",
+            [(total("adoptd_callerid_asked_total", NODE, "outcome"), "{{outcome}}")],
+            width=QUARTER,
+            stacked=True,
+        ),
+        graph(
+            "Questions without an answer, by reason",
+            "timeout: packets are dropped (a firewall should reject). refused: no agent. closed: overloaded.",
+            "reqps",
+            [
+                (total("adoptd_callerid_asked_total", f'{NODE}, reason=~"{UNHEARD}"', "reason"), "{{reason}}"),
+            ],
+            width=QUARTER,
+            stacked=True,
+        ),
+        graph(
+            "Answers not believed, by reason",
+            "bad_seal: keys or clocks differ, or somebody answers in an agent's place. The others should never happen.",
+            "reqps",
+            [(total("adoptd_callerid_asked_total", f'{NODE}, reason=~"{DISBELIEVED}"', "reason"), "{{reason}}")],
+            width=QUARTER,
+            stacked=True,
+        ),
+        graph(
+            "Time to be told",
+            "From question to outcome on the asking node. The budget is [callerid] timeout_ms.",
+            "s",
+            [(quantile(q, "adoptd_callerid_asked_duration_seconds", NODE), f"p{round(q * 100)}") for q in (0.5, 0.99)],
+            width=QUARTER,
+            exemplars=True,
+        ),
+        graph(
+            "Answered for other nodes, by witness",
+            "Who named the owner. bpf is exact and fast; proc is the last resort.",
+            "reqps",
+            [
+                (
+                    total("adoptd_callerid_answered_total", f'{NODE}, outcome="job"', "witness"),
+                    "{{witness}}",
+                )
+            ],
+            width=QUARTER,
+            stacked=True,
+        ),
+        graph(
+            "Answered without a job, by reason",
+            "disagreement and ambiguous mean that two witnesses or two sockets contradict each other.",
+            "reqps",
+            [
+                (
+                    total("adoptd_callerid_answered_total", f'{NODE}, outcome!="job"', "outcome, reason"),
+                    "{{outcome}} {{reason}}",
+                )
+            ],
+            width=QUARTER,
+            stacked=True,
+        ),
+        graph(
+            "Time to answer",
+            "From a sealed question's last byte to its sealed answer, and the slowest of each stage on the way.",
+            "s",
+            [
+                *(
+                    (quantile(q, "adoptd_callerid_answered_duration_seconds", NODE), f"p{round(q * 100)}")
+                    for q in (0.5, 0.99)
+                ),
+                (
+                    quantile(0.99, "adoptd_stage_duration_seconds", f'{NODE}, journey="answer"', "stage"),
+                    "{{stage}} p99",
+                ),
+            ],
+            width=QUARTER,
+        ),
+        graph(
+            "Messages refused, by socket and reason",
+            "What came in and was not worth a reply. A flood shows as too_many; an attempt as bad_seal or replayed.",
+            "reqps",
+            [(total("adoptd_messages_refused_total", NODE, "socket, reason"), "{{socket}} {{reason}}")],
+            width=QUARTER,
+            stacked=True,
+        ),
+    ]
+
+
+def sessions() -> Row:
+    """What became of adopted sessions."""
+    return "Sessions: do they stay where they were put?", [
+        graph(
+            "Sessions now",
+            "Adopted sessions that are still running.",
+            "short",
+            [(f"sum by (instance) (adoptd_sessions{{{NODE}}})", "{{instance}}")],
+            width=THIRD,
+            stacked=True,
+        ),
+        graph(
+            "Escapes, by who moved it and what was done",
+            "A session's process left its job's cgroup. systemd: pam_systemd runs after pam_adopt; put it before.",
+            "reqps",
+            [(total("adoptd_escapes_total", NODE, "mover, outcome"), "{{mover}} {{outcome}}")],
+            width=THIRD,
+            stacked=True,
+        ),
+        graph(
+            "Joins, by outcome",
+            "Users moving their session into another of their jobs (adoptctl join).",
+            "reqps",
+            [(total("adoptd_joins_total", NODE, "outcome"), "{{outcome}}")],
+            width=THIRD,
+            stacked=True,
+        ),
+    ]
+
+
+def probe() -> Row:
+    """The sources of knowledge about connections."""
+    return "Witnesses: can connections be attributed?", [
+        states(
+            "Witnesses",
+            "Which sources of knowledge about connections can be asked on the chosen nodes.",
+            [
+                (f"min by (instance, witness) (adoptd_witness_up{{{NODE}}})", "{{instance}} {{witness}}"),
+                (f"min by (instance) (adoptd_session_watch_attached{{{NODE}}})", "{{instance}} escapes seen at once"),
+            ],
+            width=QUARTER,
+        ),
+        graph(
+            "Events inside BPF",
+            "storage_refused: a user's sockets carry no label; the next witness finds them.",
+            "cps",
+            [(total("adoptd_probe_events_total", NODE, "kind"), "{{kind}}")],
+            width=QUARTER,
+        ),
+        graph(
+            "Since the last self-test",
+            "The agent connects to itself and looks itself up. Older than a few minutes: the agent is stuck.",
+            "s",
+            [(f"time() - adoptd_probe_self_test_timestamp_seconds{{{NODE}}}", "{{instance}}")],
+            width=QUARTER,
+        ),
+        graph(
+            "Connections noted",
+            "Whose job was noted as they were made, for when their owner has ended. 0 where jobs are on cgroup v2.",
+            "short",
+            [(f"sum by (instance) (adoptd_connection_notes{{{NODE}}})", "{{instance}}")],
+            width=QUARTER,
+            stacked=True,
+        ),
+    ]
+
+
+def agent() -> Row:
+    """The process itself."""
+    return "The agent itself", [
+        graph(
+            "Requests in progress and waiting",
+            "Waiting for long: the job manager or munged is slow. By socket, by queue.",
+            "short",
+            [
+                (f"sum by (socket) (adoptd_requests_in_flight{{{NODE}}})", "in progress, {{socket}}"),
+                (f"sum by (queue) (adoptd_queue_waiting{{{NODE}}})", "waiting, {{queue}}"),
+            ],
+            width=QUARTER,
+        ),
+        graph(
+            "Share of the login's budget used, 99th percentile",
+            "1 is the PAM line's timeout_ms: such logins get action_generic_failure.",
+            "percentunit",
+            [(quantile(0.99, "adoptd_adoption_budget_used_ratio", NODE, "phase"), "{{phase}}")],
+            width=QUARTER,
+        ),
+        graph(
+            "Resident memory",
+            "About 30 MB. Growing for days is a leak.",
+            "bytes",
+            [(f"process_resident_memory_bytes{{{NODE}}} and on (instance) adoptd_build_info", "{{instance}}")],
+            width=QUARTER,
+        ),
+        graph(
+            "Processor time",
+            "Of one core. Idle it is below 0.1 %.",
+            "percentunit",
+            [
+                (
+                    f"rate(process_cpu_seconds_total{{{NODE}}}[$__rate_interval]) and on (instance) adoptd_build_info",
+                    "{{instance}}",
+                )
+            ],
+            width=QUARTER,
+        ),
+        states(
+            "Configuration read without error",
+            "down: a reload failed, and the configuration before is still in force.",
+            [(f"adoptd_config_last_reload_success{{{NODE}}}", "{{instance}}")],
+            width=HALF,
+        ),
+        graph(
+            "Starts in the last hour",
+            "The agent's process is new. More than one or two: it is being restarted by the watchdog or it crashes.",
+            "short",
+            [
+                (
+                    f"changes(process_start_time_seconds{{{NODE}}}[1h]) and on (instance) adoptd_build_info",
+                    "{{instance}}",
+                )
+            ],
+            width=HALF,
+        ),
+    ]

@@ -1,0 +1,219 @@
+"""A fleet to look at: three nodes with agents, a real Prometheus that scrapes them, and traffic of every kind.
+
+Owns the bringing up, the traffic, and the asking of Prometheus through its HTTP API. The second node's agent has no
+probe, so that something is degraded; the third observes. Called by the live test and by the preview.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import yaml
+
+from dashboards.board_file import DASHBOARDS
+from lab.etc_files import ALICE, BOB
+from lab.lab import Lab
+from lab.node import Node
+from lab.node_runner import SOURCE_IN_NODE
+from lab.nodes import Cluster
+from lab.waiting import until
+
+SCRAPE_S = 1
+PORT = 9090
+_PYTHON = "/usr/bin/python3"
+
+# Run inside the node: its network is not this process's. One request for each line, one reply for each.
+_FETCH = """
+import json, sys, urllib.parse, urllib.request
+replies = []
+for path, fields in json.load(sys.stdin):
+    url = f"http://127.0.0.1:9090{path}?{urllib.parse.urlencode(fields)}"
+    try:
+        with urllib.request.urlopen(url, timeout=20) as reply:
+            replies.append(json.load(reply))
+    except urllib.error.HTTPError as error:
+        replies.append(json.load(error))
+json.dump(replies, sys.stdout)
+"""
+
+_IMPOSTOR = """
+import socket
+door = socket.create_server(("", 6830))
+while True:
+    asker, _ = door.accept()
+    asker.recv(4096)
+    asker.sendall(b"\\0\\0\\0\\5hello")
+    asker.close()
+"""
+
+
+class Prometheus:
+    """Debian's, in one of the nodes."""
+
+    def __init__(self, node: Node, directory: str) -> None:
+        self._node = node
+        self._directory = directory
+
+    def start(self, targets: Sequence[str]) -> None:
+        """Start it, and wait until it has scraped every target. Raises TimeoutError."""
+        assert shutil.which("prometheus"), "prometheus is missing: install Debian's package"
+        node, directory = self._node, self._directory
+        node.path(directory).mkdir()
+        for name in ("rules.yml", "alerts.yml"):
+            text = (DASHBOARDS / name).read_text(encoding="utf-8")
+            node.write(f"{directory}/{name}", text)
+        static = [{"targets": list(targets), "labels": {"cluster": "lab"}}]
+        settings = {
+            "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"},
+            "rule_files": ["rules.yml", "alerts.yml"],
+            "scrape_configs": [{"job_name": "adoptd", "static_configs": static}],
+        }
+        node.write(f"{directory}/prometheus.yml", yaml.safe_dump(settings))
+        storage = [f"--storage.tsdb.path={directory}/data", "--storage.tsdb.retention.time=1d"]
+        listen = [f"--web.listen-address=127.0.0.1:{PORT}", "--log.level=warn", "--enable-feature=exemplar-storage"]
+        node.start_daemon(
+            "prometheus", ["/usr/bin/prometheus", f"--config.file={directory}/prometheus.yml", *storage, *listen]
+        )
+        until(lambda: self._scraped(len(targets)), "Prometheus has scraped every agent", 30)
+
+    def _scraped(self, count: int) -> bool:
+        try:
+            found = self.query(["count(adoptd_build_info)"])[0]
+        except RuntimeError:
+            return False
+        return bool(found) and int(float(found[0]["value"][1])) == count
+
+    def query(self, expressions: Sequence[str]) -> List[List[Dict[str, Any]]]:
+        """The result of each expression now. Raises RuntimeError with Prometheus' own words."""
+        return [_result(each) for each in self._get([("/api/v1/query", {"query": one}) for one in expressions])]
+
+    def query_range(self, expressions: Sequence[str], since_s: float, until_s: float) -> List[List[Dict[str, Any]]]:
+        """The same over time, a value each scrape."""
+        span = {"start": f"{since_s:.3f}", "end": f"{until_s:.3f}", "step": f"{SCRAPE_S}s"}
+        asked = [("/api/v1/query_range", {"query": one, **span}) for one in expressions]
+        return [_result(each) for each in self._get(asked)]
+
+    def get(self, path: str) -> Any:
+        """The data of any other question."""
+        return self._get([(path, {})])[0]["data"]
+
+    def _get(self, asked: Sequence[Tuple[str, Mapping[str, str]]]) -> List[Dict[str, Any]]:
+        replies: List[Dict[str, Any]] = json.loads(
+            self._node.run([_PYTHON, "-c", _FETCH], text=json.dumps(asked), timeout_s=120)
+        )
+        return replies
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What is up. ``since_s`` is Unix time."""
+
+    lab: Lab
+    prometheus: Prometheus
+    since_s: float
+
+
+@contextlib.contextmanager
+def fleet() -> Iterator[Fleet]:
+    """Three nodes and a Prometheus, until leaving."""
+    with Cluster(3) as cluster, contextlib.ExitStack() as settings:
+        lab = Lab(cluster)
+        probes = {1: "[probe]\nenabled = false\n"}
+        for number, node in enumerate(cluster.nodes):
+            text = f'[metrics]\nlisten = "{node.ipv4}"\n{probes.get(number, "")}'
+            settings.enter_context(lab.agent_settings(node, text))
+        prometheus = Prometheus(cluster.nodes[0], "/run/prometheus")
+        settings.callback(cluster.nodes[0].kill, "prometheus")
+        prometheus.start([f"{node.ipv4}:9830" for node in cluster.nodes])
+        yield Fleet(lab, prometheus, time.time())
+
+
+def make_traffic(up: Fleet, rounds: int = 3) -> None:
+    """Adoptions, denials, failures, questions answered and not, escapes, joins and refusals: each path once a round."""
+    for _ in range(rounds):
+        _logins(up.lab)
+        _faults(up.lab)
+        _sessions(up.lab)
+        _hostile(up.lab)
+
+
+def _logins(lab: Lab) -> None:
+    lab.pam("action_unknown=newest")
+    lab.login()
+    with lab.jobs(1, on=[lab.second]):
+        lab.login()
+    with lab.jobs(2) as jobs:
+        for job in jobs:
+            lab.login(job=job)
+        lab.login()
+        lab.login(source=lab.second, to=lab.first.name, job=jobs[0])
+    third = lab.cluster.nodes[2]
+    lab.pam("mode=observe", node=third)
+    with lab.jobs(1, on=[third]):
+        lab.login(to=third.name)
+
+
+def _faults(lab: Lab) -> None:
+    lab.pam("action_unknown=newest action_adopt_failure=allow")
+    with lab.broken_job(lab.second):
+        lab.login()
+    lab.pam("action_unknown=allow")
+    # Only the first node's agent is ever down here: another's counters would begin again.
+    with lab.jobs(2), lab.agent_down(lab.first):
+        lab.login()
+        with _impostor(lab.first):
+            lab.login()
+
+
+@contextlib.contextmanager
+def _impostor(node: Node) -> Iterator[None]:
+    """Somebody who answers in the agent's place, and has no key: a well-formed frame, sealed with nothing."""
+    node.start_daemon("impostor", [_PYTHON, "-c", _IMPOSTOR])
+    try:
+        until(lambda: ":6830" in node.run(["ss", "-Hltn"]), "the impostor listens", 10)
+        yield
+    finally:
+        node.kill("impostor")
+
+
+def _sessions(lab: Lab) -> None:
+    """A session that is moved out of its job by root, and one whose user joins another job."""
+    lab.pam("action_unknown=newest")
+    code = "import sys; from adoptd.cli import adoptctl_main; sys.exit(adoptctl_main())"
+    join = f"PYTHONPATH={SOURCE_IN_NODE}/agent {_PYTHON} -B -c '{code}' join"
+    with lab.jobs(2, on=[lab.second]) as jobs:
+        lab.login(command=f"{join} {jobs[0]}; {join} 999")
+        pid_file = lab.cluster.directory / "home" / f"{ALICE.name}" / "escaping"
+        pid_file.unlink(missing_ok=True)
+        session = lab.start_login(command=f"echo $$ > {ALICE.home}/escaping; exec sleep 5")
+        pid = until(lambda: _number(pid_file), "the session's pid", 15)
+        for file in lab.second.system_group.procs_files():
+            Path(file).write_text(str(pid), encoding="ascii")
+        session.end()
+
+
+def _number(file: Path) -> Optional[int]:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _hostile(lab: Lab) -> None:
+    """What comes from users and hosts that mean no good."""
+    garbage = "import socket, sys; socket.create_connection((sys.argv[1], 6830)).sendall(b'\\0\\0\\0\\5hello')"
+    lab.first.run([_PYTHON, "-c", garbage, lab.second.ipv4])
+    lab.login(user=BOB)
+
+
+def _result(reply: Dict[str, Any]) -> List[Dict[str, Any]]:
+    if reply["status"] != "success":
+        raise RuntimeError(f"Prometheus: {reply.get('error')}")
+    found: List[Dict[str, Any]] = reply["data"]["result"]
+    return found
