@@ -1,0 +1,1 @@
+"""The packages: what is in them, installed into fresh systems, upgraded, removed."""

@@ -1,0 +1,227 @@
+"""Removing, purging and upgrading the package while PAM still asks for its module: nobody is locked out.
+
+sshd and libpam are Debian's own. Of the two ways to lose, falling open is chosen over locking root out, and only for
+a line whose administrator wrote that; a line that would lock everybody out keeps the package where it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Iterator, List, Tuple
+
+import pytest
+
+from package.installed import MODULE, RECOMMENDED, Installed
+
+pytestmark = pytest.mark.timeout(900)
+
+# include/uapi/linux/inotify.h
+IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 0x40, 0x80, 0x100, 0x200
+PROFILE = f"{RECOMMENDED}\tpam_adopt.so"
+
+
+@pytest.fixture(autouse=True)
+def _clean(installed: Installed) -> Iterator[None]:
+    installed.ensure()
+    installed.pam()
+    yield
+    installed.pam()
+
+
+def _is_installed(installed: Installed) -> bool:
+    state = installed.system.run(["dpkg-query", "-W", "-f", "${db:Status-Status}", "adoptd"], check=False).stdout
+    return state == "installed" and installed.system.path(MODULE).exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["account required", "-account required", "session requisite", "account [success=ok ignore=ignore default=bad]"],
+)
+def test_a_line_that_would_lock_everybody_out_keeps_the_package(installed: Installed, line: str) -> None:
+    """The removal says which line it is, and everything is as before: root gets in."""
+    installed.pam(f"{line} pam_adopt.so mode=observe")
+    for purge in (False, True):
+        done = installed.remove(purge=purge)
+        assert done.returncode != 0
+        assert "without pam_adopt.so these lines would refuse every" in done.stderr
+        assert f"{line} pam_adopt.so mode=observe" in done.stderr
+        assert "/etc/pam.d/sshd:" in done.stderr
+        assert _is_installed(installed)
+    assert installed.logs_in("root")
+    assert installed.system.run(["dpkg", "--audit"]).stdout == ""
+
+
+def test_what_that_prevents(installed: Installed) -> None:
+    """Were the module away all the same, such a line would let nobody in: with a dash before it, too."""
+    for line in ("account required", "-account required", "session required"):
+        installed.pam(f"{line} pam_adopt.so mode=observe")
+        module = installed.system.path(MODULE)
+        away = module.with_name("away")
+        module.rename(away)
+        try:
+            assert not installed.logs_in("root")
+            assert not installed.logs_in("alice")
+        finally:
+            away.rename(module)
+    assert installed.logs_in("root")
+
+
+def test_the_recommended_lines_let_it_go(installed: Installed) -> None:
+    """With them a missing module is passed over: the lines below and above decide, root and users get in."""
+    installed.pam(f"account {RECOMMENDED} pam_adopt.so", f"session {RECOMMENDED} pam_adopt.so")
+    done = installed.remove()
+    assert done.returncode == 0, done.stderr
+    assert not installed.system.path(MODULE).exists()
+    assert installed.logs_in("root")
+    assert installed.logs_in("alice")
+
+
+def test_they_still_refuse_what_the_module_refuses(installed: Installed) -> None:
+    """Passing over a missing module is all that they pass over: what the module denies, they deny."""
+    installed.pam(f"account {RECOMMENDED} pam_adopt.so action_generic_failure=deny socket=/run/nobody-is-here")
+    assert not installed.logs_in("alice")
+    assert installed.logs_in("root")
+    installed.pam(f"account {RECOMMENDED} pam_adopt.so no_such_option=1")
+    assert not installed.logs_in("alice")
+    assert installed.logs_in("root")
+
+
+def test_sufficient_before_pam_access_closes(installed: Installed) -> None:
+    """Where pam_access decides about those without a job, without the module it decides about all."""
+    access = "account required pam_access.so accessfile=/etc/security/test.conf"
+    installed.system.write("/etc/security/test.conf", "+:root:ALL\n-:ALL:ALL\n")
+    installed.pam("account sufficient pam_adopt.so", access)
+    done = installed.remove()
+    assert done.returncode == 0, done.stderr
+    assert installed.logs_in("root")
+    assert not installed.logs_in("alice")
+
+
+def test_the_profile_is_off_until_asked_for_and_goes_with_the_package(installed: Installed) -> None:
+    """pam-auth-update puts both lines into the common stacks, after pam_unix; a removal takes them out again."""
+    common = {kind: installed.system.path(f"/etc/pam.d/common-{kind}") for kind in ("account", "session")}
+    before = {kind: path.read_text() for kind, path in common.items()}
+    assert not any("pam_adopt" in text for text in before.values())
+    # As another package's installation would run it: still off.
+    installed.system.run(["pam-auth-update", "--package"])
+    assert {kind: path.read_text() for kind, path in common.items()} == before
+    installed.system.run(["pam-auth-update", "--enable", "adoptd"])
+    for kind, path in common.items():
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        assert lines[-1] == f"{kind}\t{PROFILE} "
+    assert "pam_adopt" not in installed.system.path("/etc/pam.d/common-session-noninteractive").read_text()
+    # No agent answers, and by default that is left to the other lines.
+    assert installed.logs_in("alice")
+    done = installed.remove(purge=True)
+    assert done.returncode == 0, done.stderr
+    assert {kind: path.read_text() for kind, path in common.items()} == before
+    assert installed.logs_in("root")
+    assert installed.logs_in("alice")
+
+
+def test_a_profile_in_files_edited_by_hand_locks_nobody_out(installed: Installed) -> None:
+    """pam-auth-update leaves such files alone, lines and all; these say what to do without the module."""
+    file = installed.system.path("/etc/pam.d/common-account")
+    before = file.read_text()
+    installed.system.run(["pam-auth-update", "--enable", "adoptd"])
+    file.write_text(file.read_text().replace("pam_permit.so", "pam_permit.so # ours"))
+    try:
+        done = installed.remove()
+        assert done.returncode == 0, done.stderr
+        assert not installed.system.path(MODULE).exists()
+        assert installed.logs_in("root")
+    finally:
+        file.write_text(before)
+        installed.ensure()
+        installed.system.run(["pam-auth-update", "--package", "--force"])
+
+
+def test_purge_leaves_what_the_administrator_made(installed: Installed) -> None:
+    """The conffile goes, a key and a file of conf.d stay; nothing of the package's own is left."""
+    installed.system.write("/etc/adoptd/adoptd.key", "secret\n", mode=0o600)
+    installed.system.write("/etc/adoptd/conf.d/10-site.toml", "[agent]\n")
+    done = installed.remove(purge=True)
+    assert done.returncode == 0, done.stderr
+    left = sorted(path.name for path in installed.system.path("/etc/adoptd").rglob("*") if path.is_file())
+    assert left == ["10-site.toml", "adoptd.key"]
+    shutil.rmtree(installed.system.path("/etc/adoptd"))
+    installed.ensure()
+    assert installed.remove(purge=True).returncode == 0
+    for top in ("/etc", "/usr", "/var/lib"):
+        found = installed.system.path(top).rglob("*adopt*")
+        assert [str(path) for path in found if "/dpkg/" not in str(path) and "/systemd/" not in str(path)] == []
+
+
+def _older(installed: Installed, directory: Path) -> str:
+    """The same package with a lower version and a module of other bytes, put into the system; its path there."""
+    tree = directory / "older"
+    subprocess.run(["dpkg-deb", "-R", installed.deb, tree], check=True)
+    control = tree / "DEBIAN/control"
+    lines = control.read_text().splitlines()
+    control.write_text("".join("Version: 0.0.1\n" if line.startswith("Version:") else f"{line}\n" for line in lines))
+    with (tree / MODULE.lstrip("/")).open("ab") as module:
+        module.write(b"older")
+    (tree / "DEBIAN/md5sums").unlink()
+    target = installed.system.path("/root/older.deb")
+    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, target], check=True, capture_output=True)
+    return "/root/older.deb"
+
+
+class _Watch:
+    """What happens to the names in a directory, from the kernel."""
+
+    def __init__(self, directory: Path) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        mask = IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
+        assert libc.inotify_add_watch(self._fd, os.fsencode(directory), mask) >= 0
+
+    def of(self, name: str) -> List[int]:
+        """The events of one name so far."""
+        found: List[Tuple[int, str]] = []
+        data = os.read(self._fd, 1 << 20)
+        while data:
+            _, mask, _, length = struct.unpack_from("=iIII", data)
+            found.append((mask, data[16 : 16 + length].rstrip(b"\0").decode()))
+            data = data[16 + length :]
+        return [mask for mask, other in found if other == name]
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def test_an_upgrade_replaces_the_module_without_a_gap(installed: Installed, tmp_path: Path) -> None:
+    """From an older version, with "required" in PAM: the name is never without a file, and then has the new one."""
+    older = _older(installed, tmp_path)
+    installed.pam("account required pam_adopt.so mode=observe", "session required pam_adopt.so mode=observe")
+    installed.system.run(["dpkg", "--force-downgrade", "--install", older])
+    module = installed.system.path(MODULE)
+    assert module.read_bytes().endswith(b"older")
+    installed.system.write("/etc/adoptd/conf.d/10-site.toml", '[agent]\nlog_level = "debug"\n')
+    watch = _Watch(module.parent)
+    try:
+        done = installed.system.run(["dpkg", "--install", "/root/adoptd.deb"])
+        # One rename over the old file. A deletion or a renaming away would be a moment without it.
+        assert watch.of(module.name) == [IN_MOVED_TO], done.stdout
+    finally:
+        watch.close()
+        installed.system.path("/etc/adoptd/conf.d/10-site.toml").unlink()
+    assert not module.read_bytes().endswith(b"older")
+    assert installed.logs_in("root")
+    assert installed.logs_in("alice")
+
+
+def test_removing_it_is_seen_by_the_same_watch(installed: Installed) -> None:
+    """The watch of the test above would have seen a gap: it sees the one that a removal makes."""
+    module = installed.system.path(MODULE)
+    watch = _Watch(module.parent)
+    try:
+        assert installed.remove().returncode == 0
+        assert IN_DELETE in watch.of(module.name)
+    finally:
+        watch.close()
