@@ -17,10 +17,11 @@ from lab.job_kinds import CgroupJobs, JobKind
 from lab.node import LogTail, Node, PamRecord
 from lab.nodes import Cluster
 from lab.slurm_jobs import SlurmJobs
+from lab.waiting import PATIENCE
 
 # What a session is asked to say about itself.
 REPORT = "hostname; cat /proc/self/cgroup"
-LOGIN_TIMEOUT_S = 20.0
+LOGIN_TIMEOUT_S = 20.0 * PATIENCE
 NOBODY_IN = "denied"
 
 
@@ -188,14 +189,14 @@ class Lab:
             node.start_agent()
 
     @contextlib.contextmanager
-    def packets_dropped(self, node: Node) -> Iterator[None]:
-        """Packets to the agent's port on this node vanish, as behind a firewall that drops.
+    def packets_dropped(self, node: Node, ports: str = "6830") -> Iterator[None]:
+        """Packets to the agent's port on this node vanish (or to ``ports``, one or a range), as behind a firewall.
 
         By a routing rule, which needs no netfilter. It must come before the table of local addresses,
         so that table's own rule is moved down first.
         """
         # 6 is TCP: its name is known only where there is an /etc/protocols.
-        rule = "pref 10 iif eth0 ipproto 6 dport 6830 blackhole"
+        rule = f"pref 10 iif eth0 ipproto 6 dport {ports} blackhole"
         families = ("-4", "-6")
         for family in families:
             node.run(["ip", family, "rule", "add", "pref", "100", "lookup", "local"])

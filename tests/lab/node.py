@@ -21,7 +21,7 @@ from lab import kernel
 from lab.cgroups import Group
 from lab.etc_files import MAPPED_PORT, ROOT, SSHD_PORT, User, pam_sshd
 from lab.node_runner import SOURCE_IN_NODE
-from lab.waiting import until
+from lab.waiting import PATIENCE, until
 
 PYTHON = "/usr/bin/python3"
 SSHD = "/usr/sbin/sshd"
@@ -204,7 +204,7 @@ class Node:
         """Run a program in the node as root and return its output. Raises RuntimeError with its errors if it fails."""
         with self.popen(argv, stdin=subprocess.PIPE) as process:
             try:
-                out, err = process.communicate(text.encode(), timeout=timeout_s)
+                out, err = process.communicate(text.encode(), timeout=timeout_s * PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
@@ -330,6 +330,9 @@ class Node:
         if process is not None:
             process.kill()
             process.wait()
+            if name == "agent":
+                self._notify.close()
+                (self.directory / "notify").unlink()
 
     def close(self) -> None:
         """End the node's daemons. Its namespaces end with its runner, which is the cluster's."""

@@ -110,7 +110,7 @@ socket.create_connection(("localhost", port)).sendall(b"TOKEN")
 
 
 @contextlib.contextmanager
-def _x11_job(lab: Lab, cookie: str) -> Iterator[str]:
+def x11_job(lab: Lab, cookie: str) -> Iterator[str]:
     """An allocation of alice's with X11, made from a shell on the login node that has a display."""
     slurm = slurm_of(lab)
     login = slurm.login
@@ -153,7 +153,7 @@ def x11_display(lab: Lab) -> Outcome:
         try:
             assert server.stdout is not None
             server.stdout.readline()
-            with _x11_job(lab, cookie) as job:
+            with x11_job(lab, cookie) as job:
                 # The display of the client's own environment must not be what is seen.
                 command = f"{PYTHON} -c '{_quoted(_X_CLIENT.replace('TOKEN', token))}'"
                 session = lab.start_login(command=command, env={"DISPLAY": ":5"})

@@ -16,7 +16,7 @@ FALLBACK = '[callerid]\nfallback = "slurm"\ntimeout_ms = 2000\n'
 FALLBACK_PAM = "action_unknown=deny timeout_ms=5000"
 
 
-def _ssh_in_salloc(lab: Lab) -> Tuple[str, str]:
+def ssh_in_salloc(lab: Lab) -> Tuple[str, str]:
     """What alice gets who types ssh in the shell that salloc gives her on the login node: her job, and the landing."""
     slurm = slurm_of(lab)
     argv = ["salloc", "--nodes=1", f"--nodelist={slurm.name_of(lab.second)}"]
@@ -38,7 +38,7 @@ def salloc_hint(lab: Lab) -> Outcome:
     lab.pam("action_unknown=deny")
     tail = lab.second.syslog()
     with lab.jobs(2, on=[lab.second]) as jobs, lab.jobs(2, user=BOB, on=[lab.second]):
-        allocated, landed = _ssh_in_salloc(lab)
+        allocated, landed = ssh_in_salloc(lab)
         seen.check(f"in the shell of {allocated}", f"job {allocated} on node2", landed)
         for job in jobs:
             login = lab.login(source=slurm.login, env={"SLURM_JOB_ID": job})

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Mapping, Optional, Sequence
 
 from lab import kept
+from lab.compare import ROUNDS, ROUNDS_MAX, compare
+from lab.compare_scenarios import COMPARISONS
 from lab.etc_files import PEOPLE, ROOT, User
 from lab.lab import Lab
 from lab.node import Node, environment_of
@@ -38,6 +40,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     up = commands.add_parser("up", help="bring it up, unless it is")
     up.add_argument("--nodes", type=int, default=2, metavar="N", help="how many compute nodes (default 2)")
     commands.add_parser("down", help="end and remove it, if it is up")
+    side = commands.add_parser("compare", help="pam_slurm_adopt and pam_adopt in the same logins, on a lab of its own")
+    side.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
+    side.add_argument("--nodes", type=int, default=2, metavar="N", help="how many compute nodes (default 2)")
+    side.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"of each login (default {ROUNDS})")
+    side.add_argument("--only", action="append", metavar="NAME", choices=list(COMPARISONS), help="only this scenario")
+    side.add_argument("--extra", default="", metavar="OPTIONS", help="more options for pam_adopt.so, not for the other")
     commands.add_parser("status", help="nodes, jobs and agents; exit status 3 if it is not up")
     run = commands.add_parser("run", help="run a command on a node; a single word is for the shell")
     run.add_argument("node", metavar="NODE", help="login, node1, node2...")
@@ -51,8 +59,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     # It is part of socket paths, of cgroups' and of Slurm's node names.
     if not re.fullmatch(r"[a-z][a-z0-9]{0,15}", options.name):
         parser.error(f"--name {options.name}: expected up to 16 small letters and digits, a letter first")
-    if options.command == "up" and not 2 <= options.nodes <= NODES_MAX:
+    if options.command in ("up", "compare") and not 2 <= options.nodes <= NODES_MAX:
         parser.error(f"--nodes {options.nodes}: expected 2 to {NODES_MAX}")
+    if options.command == "compare" and not 1 <= options.rounds <= ROUNDS_MAX:
+        parser.error(f"--rounds {options.rounds}: expected 1 to {ROUNDS_MAX}")
     if options.command == "run" and not options.argv:
         parser.error("run: what?")
     return options
@@ -122,6 +132,8 @@ def main() -> int:
     if os.geteuid() != 0:
         sys.stderr.write("lab: namespaces, cgroups and BPF need root: sudo ./dev lab\n")
         return 1
+    if options.command == "compare":
+        return compare(options.nodes, options.rounds, options.only or (), options.json, options.extra)
     state = read_states().get(options.name)
     if options.command == "up":
         return _up(options, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Callable, Optional, TypeVar
 
@@ -11,10 +12,13 @@ T = TypeVar("T")
 
 # Slow enough to leave two shared cores alone, fast enough not to be seen in any figure that is printed.
 POLL_S = 0.01
+# How many times longer than on a machine of today all that the lab itself waits for may take: more in an emulated one.
+PATIENCE = int(os.environ.get("ADOPTD_LAB_PATIENCE", "1"))
 
 
 def until(question: Callable[[], Optional[T]], what: str, timeout_s: float = 20.0) -> T:
     """Ask until the answer is neither None nor False, and return it. Raises TimeoutError naming ``what``."""
+    timeout_s *= PATIENCE
     deadline = time.monotonic() + timeout_s
     while True:
         answer = question()
