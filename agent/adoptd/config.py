@@ -17,7 +17,9 @@ from typing import Callable, Dict, Iterator, List, Mapping, Tuple, Type
 
 from adoptd.jobs.environment import parse_pattern
 from adoptd.jobs.template import JobPath, parse_leaf
+from adoptd.messages import CONTACT_MAX, Notice, is_contact
 from adoptd.model import ConfigError
+from adoptd.probe.record import WATCHED_PORTS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -106,6 +108,17 @@ def _addresses(restart: bool = False) -> Mapping[str, _Rule]:
     return _rule("a list of one or more IP addresses", accepts, restart)
 
 
+def _ports(most: int, restart: bool = False) -> Mapping[str, _Rule]:
+    def accepts(value: object) -> bool:
+        return (
+            isinstance(value, tuple)
+            and len(value) <= most
+            and all(isinstance(item, int) and not isinstance(item, bool) and 1 <= item <= 65535 for item in value)
+        )
+
+    return _rule(f"a list of at most {most} ports, each a whole number in 1..65535", accepts, restart)
+
+
 def _environment() -> Mapping[str, _Rule]:
     def accepts(value: object) -> bool:
         return isinstance(value, tuple) and all(_accepted_by(parse_pattern)(item) for item in value)
@@ -114,6 +127,10 @@ def _environment() -> Mapping[str, _Rule]:
         'a list of names such as "CUDA_VISIBLE_DEVICES" or "SLURM_*", none that pam_adopt.so refuses (PATH, LD_*)'
     )
     return _rule(expected, accepts, False)
+
+
+def _contact() -> Mapping[str, _Rule]:
+    return _rule(f'a sentence of at most {CONTACT_MAX} printable ASCII characters, or ""', is_contact, False)
 
 
 def _job_path() -> Mapping[str, _Rule]:
@@ -185,9 +202,12 @@ class JobsConfig:
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """[session]: what a session is given beside its place in the job."""
+    """[session]: what a session is given beside its place in the job, and what its user is told."""
 
     environment: Tuple[str, ...] = field(default=(), metadata=_environment())
+    notice: str = field(default="choice", metadata=_choice(*(notice.value for notice in Notice)))
+    contact: str = field(default="", metadata=_contact())
+    on_escape: str = field(default="readopt", metadata=_choice("readopt", "report"))
 
 
 @dataclass(frozen=True)
@@ -198,6 +218,7 @@ class ProbeConfig:
     pin_dir: str = field(default="/sys/fs/bpf/adoptd", metadata=_path(restart=True))
     source_dir: str = field(default="", metadata=_path(optional=True, restart=True))
     self_test_interval_s: int = field(default=60, metadata=_integer(1, 86_400, " seconds", restart=True))
+    watched_ports: Tuple[int, ...] = field(default=(22,), metadata=_ports(WATCHED_PORTS, restart=True))
 
 
 @dataclass(frozen=True)
@@ -207,6 +228,10 @@ class MetricsConfig:
     enabled: bool = field(default=True, metadata=_boolean(restart=True))
     listen: str = field(default="127.0.0.1", metadata=_address(restart=True))
     port: int = field(default=9830, metadata=_integer(1, 65535, restart=True))
+    tls_certificate: str = field(default="", metadata=_path(optional=True, restart=True))
+    tls_key: str = field(default="", metadata=_path(optional=True, restart=True))
+    tls_client_ca: str = field(default="", metadata=_path(optional=True, restart=True))
+    textfile: str = field(default="", metadata=_path(optional=True, restart=True))
 
 
 @dataclass(frozen=True)
@@ -245,7 +270,9 @@ def load(file: Path) -> Config:
             values[table][key] = value
     # The defaults with what the files say in their place; _entries checked every value against its rule.
     defaults = Config()
-    return Config(**{name: dataclasses.replace(getattr(defaults, name), **values[name]) for name in _TABLES})
+    settings = Config(**{name: dataclasses.replace(getattr(defaults, name), **values[name]) for name in _TABLES})
+    _check_together(file, settings.metrics)
+    return settings
 
 
 def show(config: Config) -> str:
@@ -280,6 +307,17 @@ def reloaded(old: Config, new: Config) -> Config:
         kept = {i.name: getattr(before, i.name) for i in dataclasses.fields(before) if i.metadata["rule"].restart}
         tables[table] = dataclasses.replace(after, **kept)
     return Config(**tables)
+
+
+def _check_together(file: Path, metrics: MetricsConfig) -> None:
+    """Keys that mean something only beside another. Half of TLS must not become none."""
+    for key, needs in (
+        ("tls_certificate", "tls_key"),
+        ("tls_key", "tls_certificate"),
+        ("tls_client_ca", "tls_certificate"),
+    ):
+        if getattr(metrics, key) and not getattr(metrics, needs):
+            raise ConfigError(f"{file}: metrics.{key} is set and metrics.{needs} is not, expected both or neither")
 
 
 def _drop_ins(file: Path) -> List[Path]:

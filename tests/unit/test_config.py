@@ -42,13 +42,28 @@ FLIPPED: Dict[Tuple[str, str], Tuple[object, str]] = {
     ("jobs", "slurm_node_name"): ("n7", '"n7"'),
     ("jobs", "slurm_spool_dir"): ("/var/spool/n7", '"/var/spool/n7"'),
     ("session", "environment"): (("SLURM_*", "CUDA_VISIBLE_DEVICES"), '["SLURM_*", "CUDA_VISIBLE_DEVICES"]'),
+    ("session", "notice"): ("always", '"always"'),
+    ("session", "contact"): ("Write to hpc@example.org.", '"Write to hpc@example.org."'),
+    ("session", "on_escape"): ("report", '"report"'),
     ("probe", "enabled"): (False, "false"),
     ("probe", "pin_dir"): ("/sys/fs/bpf/other", '"/sys/fs/bpf/other"'),
     ("probe", "source_dir"): ("/usr/lib/adoptd/bpf", '"/usr/lib/adoptd/bpf"'),
     ("probe", "self_test_interval_s"): (5, "5"),
+    ("probe", "watched_ports"): ((22, 2222), "[22, 2222]"),
     ("metrics", "enabled"): (False, "false"),
     ("metrics", "listen"): ("::1", '"::1"'),
     ("metrics", "port"): (9831, "9831"),
+    ("metrics", "tls_certificate"): ("/etc/adoptd/metrics.crt", '"/etc/adoptd/metrics.crt"'),
+    ("metrics", "tls_key"): ("/etc/adoptd/metrics.key", '"/etc/adoptd/metrics.key"'),
+    ("metrics", "tls_client_ca"): ("/etc/adoptd/prometheus.crt", '"/etc/adoptd/prometheus.crt"'),
+    ("metrics", "textfile"): ("/var/lib/metrics/adoptd.prom", '"/var/lib/metrics/adoptd.prom"'),
+}
+
+# Keys that are refused without others.
+COMPANIONS: Dict[Tuple[str, str], Tuple[str, ...]] = {
+    ("metrics", "tls_certificate"): ("tls_key",),
+    ("metrics", "tls_key"): ("tls_certificate",),
+    ("metrics", "tls_client_ca"): ("tls_certificate", "tls_key"),
 }
 
 
@@ -134,8 +149,16 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
         ('[jobs]\nbackend = "slurm-like"\n', ["jobs.backend is 'slurm-like'", '"cgroup"']),
         ('[session]\nenvironment = "SLURM_*"\n', ["session.environment is 'SLURM_*'", "a list of names"]),
         ('[session]\nenvironment = ["SLURM_*", "PATH"]\n', ["session.environment is ['SLURM_*', 'PATH']", "LD_*"]),
+        ('[session]\non_escape = "kill"\n', ["session.on_escape is 'kill'", '"readopt", "report"']),
+        ("[session]\nnotice = true\n", ["session.notice is True", '"choice", "always", "never"']),
+        ('[session]\ncontact = "a\\nb"\n', ["session.contact is", "160 printable ASCII"]),
+        (f'[session]\ncontact = "{"x" * 161}"\n', ["session.contact is", "160 printable ASCII"]),
+        ('[session]\ncontact = "\u00fcber"\n', ["session.contact is", "160 printable ASCII"]),
         ('[session]\nenvironment = ["*"]\n', ["session.environment is ['*']", "a list of names"]),
         ('[metrics]\nlisten = "localhost"\n', ["metrics.listen is 'localhost'", "an IP address"]),
+        ('[metrics]\ntls_key = "/k"\n', ["metrics.tls_key is set", "metrics.tls_certificate is not", "neither"]),
+        ('[metrics]\ntls_certificate = "/c"\n', ["metrics.tls_certificate is set", "metrics.tls_key is not"]),
+        ('[metrics]\ntls_client_ca = "/c"\n', ["metrics.tls_client_ca is set", "metrics.tls_certificate is not"]),
         ("[probe]\nself_test_interval_s = -1\n", ["probe.self_test_interval_s is -1", "1..86400 seconds"]),
         ("[agent\n", ["not TOML"]),
         ('[agent]\nlog_level = "info"\nlog_level = "info"\n', ["not TOML"]),
@@ -220,10 +243,12 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 def test_every_key_lands_in_its_place_and_nowhere_else(tmp_path: Path, table: str, key: str) -> None:
     """Read from the file, held as that field, all others untouched, shown, and read back equal."""
     value, text = FLIPPED[table, key]
-    loaded = config.load(write(tmp_path, f"[{table}]\n{key} = {text}\n"))
+    beside = COMPANIONS.get((table, key), ())
+    lines = [f"{name} = {FLIPPED[table, name][1]}" for name in (key, *beside)]
+    loaded = config.load(write(tmp_path, "\n".join([f"[{table}]", *lines, ""])))
     assert getattr(getattr(loaded, table), key) == value
     assert getattr(getattr(Config(), table), key) != value
-    assert differing(Config(), loaded) == [(table, key)]
+    assert sorted(differing(Config(), loaded)) == sorted((table, name) for name in (key, *beside))
     shown = config.show(loaded)
     assert f"{key} = {text}" in shown.split("\n")
     assert config.load(write(tmp_path, shown, "shown/adoptd.toml")) == loaded
@@ -288,6 +313,9 @@ RELOADED = {
     ("callerid", "slurm_scontrol"),
     ("callerid", "hint"),
     ("session", "environment"),
+    ("session", "notice"),
+    ("session", "contact"),
+    ("session", "on_escape"),
     ("seal", "scheme"),
     ("seal", "key_file"),
     ("seal", "munge_socket"),
