@@ -285,7 +285,7 @@ def test_a_node_on_a_link_is_asked_on_that_link(stack: contextlib.ExitStack, tmp
     def ask() -> str:
         workers = Workers("test", 2, 8)
         try:
-            asker = Asker(SealRoom(KeySeal(key, 10), workers), agent.getsockname()[1], 2000, Metrics())
+            asker = Asker(SealRoom(KeySeal(key, 10), workers), agent.getsockname()[1], 20_000, Metrics())
             return asyncio.run(asker.ask(ends, ALICE, budget())).reason
         finally:
             workers.close()

@@ -43,6 +43,10 @@ def test_the_agent_finds_what_is_there(cluster: Cluster) -> None:
     assert status["probe"]["attached"] is True
     cluster.wait('adoptctl status --json | grep -q \'"self_test": "ok"\'', "the self-test has been made")
     assert status["witnesses"]["bpf"] == "ok"
+    # What could not be loaded is told here, behind a semicolon.
+    loaded = cluster.machine.run("journalctl --no-pager --unit adoptd.service --grep probe_loaded").splitlines()
+    assert [line for line in loaded if re.search(r'said="loaded, schema [0-9a-f]+"$', line)], loaded
+    assert [line for line in loaded if ";" in line] == []
 
 
 def test_how_much_it_is_shut_in(cluster: Cluster) -> None:
