@@ -8,6 +8,7 @@ SIGHUP asks the agent to end, SIGUSR1 kills it: either way the next is started R
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -56,7 +57,7 @@ def start(
         return child
     try:
         # First out of the way: one of ours may have a number that another is to get.
-        copies = [os.dup2(sock.fileno(), FIRST_FD + len(sockets) + 64 + at) for at, sock in enumerate(sockets)]
+        copies = [fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD, FIRST_FD + len(sockets)) for sock in sockets]
         for at, copy in enumerate(copies):
             os.dup2(copy, FIRST_FD + at, inheritable=True)
             os.set_inheritable(copy, False)

@@ -6,6 +6,7 @@ Each case is a real child process with descriptors from 3 on, as sd_listen_fds(3
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -59,7 +60,10 @@ def child(
     env: Optional[Dict[str, str]] = None,
 ) -> Dict[str, Any]:
     """What a child that is handed ``sockets`` says. ``env`` is set after the protocol's own variables."""
-    report, out = os.pipe()
+    report, low = os.pipe()
+    # Beyond the numbers that the sockets get.
+    out = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 64)
+    os.close(low)
     code = f"import os; os.dup2({out}, 1)\n" + _CODE
     if env is not None:
         code = f"import os; os.environ.update({env!r})\n" + code
