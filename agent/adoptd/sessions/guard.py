@@ -121,6 +121,7 @@ class Guard:
                     attach_at = time.monotonic() + attach_s
                 if now >= sweep_at:
                     # What the kernel told meanwhile is read first: it knows who it was.
+                    self._read()
                     self._suspect_all(now + 2 * _SETTLE_S)
                     sweep_at = now + (SWEEP_S if self._watch is not None else POLL_S)
                 started = time.monotonic()
