@@ -24,6 +24,18 @@ from adoptd.wire.callerid import Outcome
 HOST_FACTS = ("bcc", "schema", "job_manager", "cgroups")
 
 
+class Pool(enum.Enum):
+    """The agent's pools of threads: their names, in errors too."""
+
+    JOBS = "jobs"
+    ASKS = "asks"
+    ANSWERS = "answers"
+    SLOW = "slow"
+    OWN = "own"
+    GUARD = "guard"
+    NOTES = "notes"
+
+
 class Door(enum.Enum):
     """The agent's three sockets."""
 
@@ -244,9 +256,9 @@ class Metrics:
         """Note how long one stage of an answer took. From any thread."""
         self.stage_seconds.labels("answer", stage.value).observe(seconds)
 
-    def watch_queue(self, queue: str, waiting: Callable[[], int]) -> None:
+    def watch_queue(self, queue: Pool, waiting: Callable[[], int]) -> None:
         """Export ``waiting()``, read at each scrape, as the length of one queue."""
-        self.queue_waiting.labels(queue).set_function(waiting)
+        self.queue_waiting.labels(queue.value).set_function(waiting)
 
     def watch_host(self, facts: Callable[[], Mapping[str, str]]) -> None:
         """Export ``facts()``: what the agent runs on and with, read at each scrape. Keys as in HOST_FACTS."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import itertools
-from typing import Callable, Mapping, Optional
+from typing import Callable, Iterable, Mapping, Optional
 
 from adoptd import log
 from adoptd.config import MetricsConfig
@@ -17,9 +17,8 @@ from adoptd.deadline import Deadline
 from adoptd.exposition import TEXTFILE_INTERVAL_S, Tls, write_textfile
 from adoptd.hierarchy import HierarchyKind, read_hierarchies
 from adoptd.jobs import JobBackend
-from adoptd.metrics import Metrics
+from adoptd.metrics import Metrics, Pool
 from adoptd.model import JobManagerError
-from adoptd.observed import Agreement, Found, Would
 from adoptd.sessions.escapes import EscapeOutcome, Mover
 from adoptd.watch import Watch
 from adoptd.wire.callerid import Outcome, Reason
@@ -30,11 +29,12 @@ _WRITE_MS = 10_000.0
 
 
 def begin_at_zero(metrics: Metrics) -> None:
-    """Make the series that an alert waits for a first event of: Prometheus sees no increase in one that begins at 1."""
+    """Make the series that an alert waits for a first event of: Prometheus sees no increase in one that begins at 1.
+
+    Those of observe mode are made where they are counted.
+    """
     for mover, outcome in itertools.product(Mover, EscapeOutcome):
         metrics.count_escape(mover.value, outcome.value, 0)
-    for found, would in itertools.product(Found, Would):
-        metrics.count_observed(Agreement.DISAGREE.value, found.value, would.value, 0)
     for reason in (Reason.DISAGREEMENT, Reason.AMBIGUOUS):
         metrics.answered.labels(Outcome.UNKNOWN.value, reason.value, "none")
 
@@ -46,10 +46,10 @@ def tls_of(settings: MetricsConfig) -> Optional[Tls]:
     return Tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca or None)
 
 
-def watch_pools(metrics: Metrics, pools: Mapping[str, Workers]) -> None:
-    """Export how many calls each pool of threads has under way or waiting."""
-    for name, workers in pools.items():
-        metrics.watch_queue(name, _pending(workers))
+def watch_pools(metrics: Metrics, pools: Iterable[Workers]) -> None:
+    """Export how many calls each pool has under way or waiting. Raises ValueError for one that Pool lacks."""
+    for workers in pools:
+        metrics.watch_queue(Pool(workers.name), _pending(workers))
 
 
 def watch_host(metrics: Metrics, watch: Watch, jobs: Callable[[], Optional[JobBackend]]) -> None:

@@ -39,7 +39,7 @@ from adoptd.handlers import Desk, Handlers
 from adoptd.instance import Instance
 from adoptd.jobs import JobBackend
 from adoptd.jobs.environment import JobEnvironment
-from adoptd.metrics import Metrics
+from adoptd.metrics import Metrics, Pool
 from adoptd.model import AdoptdError, JobManagerError
 from adoptd.monitoring import begin_at_zero, keep_textfile, watch_host, watch_pools
 from adoptd.notes import Notes, NoteTaker
@@ -83,18 +83,18 @@ class Service:
         self._metrics = Metrics()
         # Most of an adoption is the kernel's wait for a grace period in the write to cgroup.procs (6 to 18 ms seen
         # on 6.18, cgroup_threadgroup_rwsem), so more threads than cores are worth having.
-        self._job_workers = Workers("jobs", threads=16, backlog=PAM_MAX + PEER_MAX)
+        self._job_workers = Workers(Pool.JOBS.value, threads=16, backlog=PAM_MAX + PEER_MAX)
         # Each holds a question to another node, sealing and waiting included: as many as there are logins at once.
-        self._seal_workers = Workers("asks", threads=16, backlog=PAM_MAX)
+        self._seal_workers = Workers(Pool.ASKS.value, threads=16, backlog=PAM_MAX)
         # As many as are let open seals at once.
-        self._answer_workers = Workers("answers", threads=OPENED_AT_ONCE, backlog=PEER_MAX)
-        self._slow_workers = Workers("slow", threads=2, backlog=USER_MAX)
+        self._answer_workers = Workers(Pool.ANSWERS.value, threads=OPENED_AT_ONCE, backlog=PEER_MAX)
+        self._slow_workers = Workers(Pool.SLOW.value, threads=2, backlog=USER_MAX)
         # For the agent's own needs, apart: users' commands, which may wait for a name service, must not hold up the
         # self-test and so take the probe away.
-        self._own_workers = Workers("own", threads=2, backlog=4)
+        self._own_workers = Workers(Pool.OWN.value, threads=2, backlog=4)
         # One call at a time, as the guard expects.
-        self._guard_workers = Workers("guard", threads=1, backlog=1)
-        self._note_workers = Workers("notes", threads=1, backlog=1)
+        self._guard_workers = Workers(Pool.GUARD.value, threads=1, backlog=1)
+        self._note_workers = Workers(Pool.NOTES.value, threads=1, backlog=1)
         self._notes = Notes()
         self._pending = PendingLogins(time.monotonic)
         self._sessions = Sessions(time.time)
@@ -176,7 +176,7 @@ class Service:
         self._pending = kept_logins(pam_socket.parent / "logins")
         watch = self._watch = Watch(self._config.probe, self._metrics, self._own_workers)
         begin_at_zero(self._metrics)
-        watch_pools(self._metrics, {workers.name: workers for workers in self._all_workers()})
+        watch_pools(self._metrics, self._all_workers())
         watch_host(self._metrics, watch, lambda: self._jobs)
         doors = Doors(self._config, Handlers(self._current_desk, self._metrics, self._events), self._metrics, passed)
         self._doors = doors

@@ -14,7 +14,7 @@ from prometheus_client.core import Metric
 
 from adoptd.callerid import AnswerStage, AskFault
 from adoptd.control.joining import JoinOutcome
-from adoptd.metrics import Door, Metrics, Refusal
+from adoptd.metrics import Door, Metrics, Pool, Refusal
 from adoptd.model import JobFault, Witness
 from adoptd.observed import Agreement, Found, Would
 from adoptd.policy import Situation, Step
@@ -37,7 +37,6 @@ def _names(kind: Type[enum.Enum]) -> Values:
 
 _NONE: Values = frozenset({"none"})
 _STAGES: Values = frozenset({"account_phase", "jobs_here", "ask_source", "adopt", "decide"})
-_QUEUES: Values = frozenset({"jobs", "seal", "answers", "slow", "own", "guard"})
 
 CLOSED: Mapping[str, Mapping[str, Values]] = {
     "adoptd_adoptions": {
@@ -65,7 +64,7 @@ CLOSED: Mapping[str, Mapping[str, Values]] = {
     "adoptd_escapes": {"mover": _of(Mover), "outcome": _of(EscapeOutcome)},
     "adoptd_messages_refused": {"socket": _of(Door), "reason": _of(Refusal)},
     "adoptd_requests_in_flight": {"socket": _of(Door)},
-    "adoptd_queue_waiting": {"queue": _QUEUES},
+    "adoptd_queue_waiting": {"queue": _of(Pool)},
     "adoptd_witness_up": {"witness": _of(Witness)},
     "adoptd_probe_events": {"kind": frozenset(COUNTERS)},
 }
@@ -80,8 +79,8 @@ def families() -> Dict[str, Metric]:
     metrics.watch_probe(lambda: dict.fromkeys(COUNTERS, 0))
     metrics.watch_host(dict)
     metrics.show_self_test(True)
-    for name in _QUEUES:
-        metrics.watch_queue(name, lambda: 0)
+    for pool in Pool:
+        metrics.watch_queue(pool, lambda: 0)
     found = {family.name: family for family in metrics.registry.collect()}
     return {name: family for name, family in sorted(found.items()) if name.startswith("adoptd_")}
 

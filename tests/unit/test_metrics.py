@@ -19,7 +19,7 @@ from prometheus_client import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
 from adoptd.callerid import AnswerStage, AskFault
-from adoptd.metrics import Door, Metrics, Refusal
+from adoptd.metrics import Door, Metrics, Pool, Refusal
 from adoptd.model import JobFault, Witness
 from adoptd.probe.record import COUNTERS
 from adoptd.wire.callerid import Outcome, Reason
@@ -44,7 +44,7 @@ def filled() -> Metrics:
     metrics.count_job_fault("adopt", JobFault.JOB_ENDED)
     metrics.count_escape("systemd", "readopted")
     metrics.joins.labels("joined").inc()
-    metrics.watch_queue("jobs", lambda: 3)
+    metrics.watch_queue(Pool.JOBS, lambda: 3)
     metrics.watch_host(lambda: {"bcc": "0.26.0", "schema": "ab12", "job_manager": "slurm", "cgroups": "hybrid"})
     metrics.show_witnesses({Witness.BPF: True, Witness.DIAG: False})
     metrics.watch_probe(lambda: PROBE_KINDS)
