@@ -207,7 +207,11 @@ def _number(file: Path) -> Optional[int]:
 
 def _hostile(lab: Lab) -> None:
     """What comes from users and hosts that mean no good."""
-    garbage = "import socket, sys; socket.create_connection((sys.argv[1], 6830)).sendall(b'\\0\\0\\0\\5hello')"
+    # It stays until it is refused: who has gone by then is dropped and not counted.
+    garbage = (
+        "import socket, sys; asked = socket.create_connection((sys.argv[1], 6830), 10);"
+        "asked.sendall(b'\\0\\0\\0\\5hello'); asked.recv(1)"
+    )
     lab.first.run([_PYTHON, "-c", garbage, lab.second.ipv4])
     lab.login(user=BOB)
 
