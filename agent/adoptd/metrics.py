@@ -60,6 +60,7 @@ class Refusal(enum.Enum):
     UNAVAILABLE = "unavailable"
     TOO_LARGE = "too_large"
     WRONG_HOST = "wrong_host"
+    OTHER_VERSION = "other_version"
     PROCESS_GONE = "process_gone"
     INTERNAL = "internal"
 

@@ -212,7 +212,7 @@ class Service:
             section = settings.callerid
             fallback = make_fallback(settings, self._job_workers)
             asker = Asker(seals, section.port, section.timeout_ms, self._metrics, fallback, section.hint)
-            self._metrics.unheard_peers.set_function(asker.unheard.__len__)
+            self._metrics.unheard_peers.set_function(asker.peers.count_silent)
             self._replays.make_room(replays_for(settings))
             took = self._metrics.observe_answer_stage
             responder = Responder(inquiry, seals, self._replays, settings.seal.ttl_s, self._answer_workers, took)

@@ -16,7 +16,7 @@ import threading
 import time
 from typing import Awaitable, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
-from adoptd.callerid import Asker, Told
+from adoptd.callerid import Asker, Peers, Told
 from adoptd.connections import ConnectionWitness
 from adoptd.deadline import Deadline
 from adoptd.jobs import CgroupFinding, CgroupVerdict, JobBackend, JobSession, JobsHere
@@ -222,6 +222,7 @@ class FakeAsker:
         self.told = told
         self.asked: List[Tuple[Connection, Optional[int], Optional[IPAddress]]] = []
         self.theirs: FrozenSet[str] = frozenset()
+        self.peers = Peers(lambda: 0.0)
 
     async def ask(
         self,

@@ -16,6 +16,7 @@ from typing import AsyncIterator, Awaitable, Callable, Dict, Iterator, List, Opt
 import pytest
 from fakes import ALICE, BOB, HERE, FakeBackend, FakeSeal, FakeWitness, connection, job, sample, soon
 
+from adoptd import __version__
 from adoptd.callerid import (
     OPENED_AT_ONCE,
     OPENED_AT_ONCE_OF_ONE,
@@ -23,6 +24,7 @@ from adoptd.callerid import (
     Asker,
     AskFault,
     Inquiry,
+    Peer,
     Refused,
     Responder,
     SealRoom,
@@ -162,7 +164,7 @@ def test_a_seal_service_that_hangs_is_out_of_time(node: NodeMaker, gate: threadi
         b"x",
         b"{}",
         b"[" * 1000,
-        question().replace(b'"v":1', b'"v":2'),
+        question().replace(b'"v":1', b'"v":true'),
         question()[:-1],
         encode_answer(Answer(NONCE, HERE, ENDS, Outcome.UNKNOWN, Reason.NOT_FOUND)),
     ],
@@ -173,6 +175,15 @@ def test_a_genuine_seal_over_no_question_is_malformed(node: NodeMaker, payload: 
     with pytest.raises(Refused) as refusal:
         node(witness).answer(sealed_by(0, payload))
     assert refusal.value.reason is Refusal.MALFORMED
+    assert witness.asked == []
+
+
+def test_a_question_of_another_version_is_refused_as_that(node: NodeMaker) -> None:
+    """On call, half-way through an upgrade: no attack, and no fault of the network's."""
+    witness = bpf()
+    with pytest.raises(Refused, match="version 2 of the protocol, expected 1") as refusal:
+        node(witness).answer(sealed_by(0, question().replace(b'"v":1', b'"v":2')))
+    assert refusal.value.reason is Refusal.OTHER_VERSION
     assert witness.asked == []
 
 
@@ -507,9 +518,9 @@ def test_a_hint_is_not_told_where_it_is_switched_off(key: KeySeal) -> None:
         return right(asked, outcome=Outcome.NO_JOB, job_id=None, witness=None, hint="17")
 
     told, metrics, _ = ask(answering(key, hinting), key, hints=False)
-    assert told == Told(Outcome.NO_JOB, "owner")
+    assert told == Told(Outcome.NO_JOB, "owner", release=__version__)
     told, metrics, _ = ask(answering(key, hinting), key)
-    assert told == Told(Outcome.NO_JOB, "owner", witness=Witness.HINT, hint="17")
+    assert told == Told(Outcome.NO_JOB, "owner", witness=Witness.HINT, hint="17", release=__version__)
     labels = {"outcome": "no_job", "reason": "owner", "witness": "hint"}
     assert sample(metrics, "adoptd_callerid_asked_total", **labels) == 1
 
@@ -728,7 +739,7 @@ def test_a_peer_that_hangs_up_without_a_byte_is_asked_once_more(key: KeySeal, se
     if sent:
         assert (told.reason, len(asked)) == ("closed", 1)
     else:
-        assert told == Told(Outcome.JOB, "owner", "17", Witness.BPF)
+        assert told == Told(Outcome.JOB, "owner", "17", Witness.BPF, release=__version__)
         assert len({question.nonce for question in asked}) == 2
     assert sample(metrics, "adoptd_callerid_asked_duration_seconds_count") == 1
 
@@ -884,9 +895,34 @@ def test_a_seal_service_that_hangs(gate: threading.Event) -> None:
 def test_what_a_right_answer_tells(key: KeySeal) -> None:
     """The job, the witness and whether the owner moved, counted under the answer's own reason."""
     told, metrics, _ = ask(answering(key, lambda asked: right(asked, moved=True)), key)
-    assert told == Told(Outcome.JOB, "owner", "17", Witness.BPF, True)
+    assert told == Told(Outcome.JOB, "owner", "17", Witness.BPF, True, release=__version__)
     labels = {"outcome": "job", "reason": "owner", "witness": "bpf"}
     assert sample(metrics, "adoptd_callerid_asked_total", **labels) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "release", "reason"),
+    [
+        (lambda asked: right(asked, release="0.9"), "0.9", ""),
+        (lambda asked: right(asked, release="0.9", nonce="f" * 32), "", "wrong_nonce"),
+        (lambda asked: right(asked).replace(b'"release":"', b'"release":"/'), "", "malformed"),
+    ],
+)
+def test_the_version_of_who_answers_is_remembered(
+    key: KeySeal, change: Callable[[Question], bytes], release: str, reason: str
+) -> None:
+    """Of an answer that is believed, and of no other; nothing else about the answer goes by it."""
+
+    async def story() -> Tuple[Peer, ...]:
+        async with peer(answering(key, change)) as port:
+            asker = Asker(SealRoom(key, Workers("w", 2, 8)), port, 2000, Metrics())
+            told = await asker.ask(ENDS, ALICE, soon(5000))
+            assert told.release == release
+            assert (told.job_id is not None) == bool(release)
+            return asker.peers.now()
+
+    (found,) = asyncio.run(story())
+    assert (found.address, found.release, found.reason) == (HERE, release, reason)
 
 
 def test_what_the_question_asks(key: KeySeal) -> None:
@@ -898,7 +934,8 @@ def test_what_the_question_asks(key: KeySeal) -> None:
         return right(question, outcome=Outcome.UNKNOWN, reason=Reason.NOT_FOUND, job_id=None, witness=None)
 
     for _ in range(2):
-        assert ask(answering(key, note), key, login_uid=BOB)[0] == Told(Outcome.UNKNOWN, "not_found")
+        told = ask(answering(key, note), key, login_uid=BOB)[0]
+        assert told == Told(Outcome.UNKNOWN, "not_found", release=__version__)
     assert {(q.responder, q.connection, q.login_uid) for q in asked} == {(HERE, ENDS, BOB)}
     assert asked[0].nonce != asked[1].nonce
 
@@ -911,7 +948,7 @@ def test_asker_and_responder_understand_each_other(key: KeySeal, node: NodeMaker
         sealed, _ = await there.responder.answer(await heard(reader), HERE, soon())
         writer.write(frame.encode_frame(sealed, frame.CALLERID_MAX_BYTES))
 
-    assert ask(script, key)[0] == Told(Outcome.JOB, "owner", "17", Witness.BPF)
+    assert ask(script, key)[0] == Told(Outcome.JOB, "owner", "17", Witness.BPF, release=__version__)
 
 
 def test_the_reasons_are_one_closed_set() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import pwd
 import socket
@@ -106,6 +107,33 @@ def test_callerid_switched_off() -> None:
         with pytest.raises(CommandRefused, match="callerid is switched off"):
             node.do("whois", at="127.0.0.1", **SPELLED)
         assert node.do("status")["seal"] is None
+
+
+def test_the_nodes_that_were_asked_are_shown_to_root_by_version(node: Node) -> None:
+    """And those that did not answer; which hosts these are is no user's business."""
+    assert node.asker is not None
+    for number in range(7):
+        node.asker.peers.answered(ipaddress.ip_address(f"10.0.0.{number}"), "1.0")
+    node.asker.peers.answered(ipaddress.ip_address("fd00::9"), "0.9")
+    node.asker.peers.silent(ipaddress.ip_address("10.0.0.8"), "timeout")
+    status = node.do("status")
+    assert status["releases"] == {
+        "0.9": {"nodes": 1, "latest": "fd00::9"},
+        "1.0": {"nodes": 7, "latest": "10.0.0.6, 10.0.0.5, 10.0.0.4, 10.0.0.3, 10.0.0.2"},
+    }
+    assert status["unheard"] == {"10.0.0.8": "timeout, 0 s ago"}
+    assert not {"releases", "unheard"} & node.do("status", BOB).keys()
+
+
+def test_no_list_of_nodes_is_longer_than_a_screen(node: Node) -> None:
+    """However many there are."""
+    assert node.asker is not None
+    for number in range(100):
+        address = ipaddress.ip_address(0x0A000000 + number)
+        node.asker.peers.answered(address, f"1.{number}")
+        node.asker.peers.silent(ipaddress.ip_address(0x0B000000 + number), "timeout")
+    status = node.do("status")
+    assert [len(status[name]) for name in ("releases", "unheard")] == [10, 20]  # type: ignore[arg-type]
 
 
 def test_others_jobs_are_not_shown(node: Node) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import json
 import os
 import stat
@@ -14,11 +13,10 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 import pytest
 
 from adoptd import __version__, config, doctor
-from adoptd.callerid import AskFault
 from adoptd.cli import adoptd_parser
 from adoptd.config import Config
 from adoptd.connections.conntrack import NOTHING_TRANSLATED
-from adoptd.doctor import agent, files, jobs, kernel, network, seal, sshd
+from adoptd.doctor import agent, files, jobs, kernel, seal, sshd
 from adoptd.doctor.findings import (
     Check,
     Finding,
@@ -39,7 +37,6 @@ from adoptd.jobs.slurm_hosts import RunningSlurmd
 from adoptd.jobs.slurm_paths import SlurmPaths
 from adoptd.model import AdoptionFailed, Job
 from adoptd.probe.mounts import Mount
-from adoptd.wire.callerid import Reason
 
 OK, WARNING, FAILURE = Grade.OK, Grade.WARNING, Grade.FAILURE
 SCENE = Scene(Path("/etc/adoptd/adoptd.toml"), Config(), Path("/etc/pam.d"), "sshd")
@@ -431,91 +428,6 @@ def test_keys(status: Optional[Tuple[int, int]], needed: bool, group: bool, grad
 def test_clock(state: Optional[int], grade: Grade) -> None:
     """As adjtimex(2) returns it."""
     assert judged(list(seal.judge_clock(state, 10)))[0] is grade
-
-
-# ---- the network
-
-HERE = ipaddress.ip_address("0.0.0.0")
-ASKED = [("callerid", "0.0.0.0", 6830)]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "listeners", "grade", "words"),
-    [
-        (ASKED, [network.Listener(HERE, 6830, ("adoptd (pid 7)",), 0)], OK, ""),
-        (ASKED, [], FAILURE, "nobody listens on 0.0.0.0 port 6830"),
-        (ASKED, [network.Listener(HERE, 6830, ("nc (pid 8)",), 1000)], FAILURE, "held by nc (pid 8) of uid 1000"),
-        (ASKED, [network.Listener(ipaddress.ip_address("::"), 6830, (), 0)], FAILURE, "nobody listens"),
-        ([("metrics", "127.0.0.1", 9830)], [], WARNING, "nobody listens"),
-        ([("metrics", "127.0.0.1", 9830)], [network.Listener(HERE, 9830, (), 1000)], FAILURE, "uid 1000"),
-        ([("callerid", "::", 6830)], [], FAILURE, "no IPv6"),
-    ],
-)
-def test_ports(wanted: List[Tuple[str, str, int]], listeners: List[network.Listener], grade: Grade, words: str) -> None:
-    """Ours or somebody's."""
-    found = list(network.judge_ports(wanted, listeners, True, ipv6=False))
-    assert judged(found)[0] is grade, found
-    assert words in judged(found)[1] or not words
-
-
-def test_callerid_switched_off_is_said() -> None:
-    """It is not what most sites want."""
-    assert judged(list(network.judge_ports([], [], False)))[0] is WARNING
-    assert [list(network.judge_loopback(up)) for up in (True, None)] == [[], []]
-    assert judged(list(network.judge_loopback(False)))[0] is FAILURE
-
-
-ANSWERED = network.Heard(Reason.NOT_FOUND.value, "", 2.5)
-
-
-@pytest.mark.parametrize(
-    ("heard", "connects", "grade", "words"),
-    [
-        (ANSWERED, None, OK, ""),
-        (dataclasses.replace(ANSWERED, took_ms=400.0), None, WARNING, "logins wait 300 ms"),
-        (dataclasses.replace(ANSWERED, ahead_s=0.5, precision_s=0.1), None, OK, ""),
-        (dataclasses.replace(ANSWERED, ahead_s=-4.5, precision_s=1.1), None, WARNING, "4.5 s behind"),
-        (dataclasses.replace(ANSWERED, ahead_s=-3.5, precision_s=1.1), None, OK, ""),
-        (dataclasses.replace(ANSWERED, ahead_s=8.0, precision_s=1.1), None, WARNING, "8.0 s ahead"),
-        (network.Heard(AskFault.TIMEOUT.value, "", 2000.0), "connected", FAILURE, "hangs"),
-        (network.Heard(AskFault.TIMEOUT.value, "", 2000.0), "no reply after 1.5 s", FAILURE, "packets vanish"),
-        *(
-            (network.Heard(fault.value, "", 1.0), None, FAILURE, words)
-            for fault, words in (
-                (AskFault.REFUSED, "connection refused"),
-                (AskFault.UNREACHABLE, "not reachable"),
-                (AskFault.CLOSED, "clocks 10 s apart"),
-                (AskFault.MALFORMED, "no agent of this protocol"),
-                (AskFault.BAD_SEAL, "sealed otherwise"),
-                (AskFault.FOREIGN, "a user's program"),
-                (AskFault.WRONG_HOST, "another host's"),
-                (AskFault.SEAL_UNAVAILABLE, "sealing fails here"),
-                (AskFault.WRONG_NONCE, "wrong_nonce"),
-            )
-        ),
-    ],
-)
-def test_peer(heard: network.Heard, connects: Optional[str], grade: Grade, words: str) -> None:
-    """Everything that can come of a question."""
-    found = list(network.judge_peer("n2 (10.0.0.2)", 6830, heard, connects, SCENE))
-    assert judged(found)[0] is grade, found
-    assert words in judged(found)[1] or not words
-    assert not any("{" in each.seen + each.remedy for each in found)
-
-
-@pytest.mark.parametrize(
-    ("listen", "address"),
-    [(("0.0.0.0", "::"), "127.0.0.1"), (("::",), "::1"), (("10.0.0.1",), "10.0.0.1")],
-)
-def test_own_address(listen: Tuple[str, ...], address: str) -> None:
-    """Where the agent can be asked from its own node."""
-    assert str(network.own_address(listen)) == address
-
-
-@pytest.mark.parametrize(("age_s", "grade"), [(None, WARNING), (3.0, OK), (900.0, WARNING)])
-def test_textfile(age_s: Optional[float], grade: Grade) -> None:
-    """There and fresh."""
-    assert judged(list(network.judge_textfile("/t", age_s)))[0] is grade
 
 
 # ---- files and the agent

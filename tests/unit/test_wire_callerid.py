@@ -43,6 +43,7 @@ ANSWER: Dict[str, object] = {
     "moved": False,
     "hint": None,
     "cluster": "one",
+    "release": "1.2.3~rc1",
 }
 
 NO_JOB: Dict[str, object] = {**ANSWER, "outcome": "no_job", "job": None, "witness": None, "cluster": None}
@@ -77,6 +78,7 @@ BAD_ANSWER = {
     "moved": (0, 1, None, "false", 1.5, [], {}, ""),
     "hint": ("17", 17, "../x", *NEVER),
     "cluster": (17, "../x", "a b", "x" * 64, *NEVER),
+    "release": (None, 1, "a b", "-1", "1.0\n", "1/2", "1" * 33, *NEVER),
 }
 
 
@@ -144,6 +146,24 @@ def test_a_question_is_no_answer_and_an_answer_no_question() -> None:
         wire.decode_question(json.dumps(ANSWER).encode())
 
 
+@pytest.mark.parametrize("version", [2, 3, 65535])
+def test_another_version_is_told_from_a_malformed_message(version: int) -> None:
+    """Whatever its keys are; so that a cluster half-way through an upgrade is not taken for an attack."""
+    with pytest.raises(wire.OtherVersion, match=f"question: version {version} of the protocol, expected 1"):
+        wire.decode_question(json.dumps({"v": version, "kind": "question"}).encode())
+    with pytest.raises(wire.OtherVersion, match=f"answer: version {version} of the protocol, expected 1"):
+        wire.decode_answer(json.dumps({**ANSWER, "v": version}).encode())
+
+
+@pytest.mark.parametrize("version", [0, -1, 65536, 10**4000, True, 2.0, "2", None])
+def test_what_is_no_version_is_malformed(version: object) -> None:
+    """And not quoted back at any length."""
+    with pytest.raises(ProtocolError) as caught:
+        wire.decode_question(json.dumps({**QUESTION, "v": version}).encode())
+    assert not isinstance(caught.value, wire.OtherVersion)
+    assert len(str(caught.value)) < 200
+
+
 def test_duplicate_keys_are_refused_in_both() -> None:
     """Two readers could take different ones."""
     for decode, message in ((wire.decode_question, QUESTION), (wire.decode_answer, ANSWER)):
@@ -165,7 +185,7 @@ def test_the_layout_of_both() -> None:
     ends = Connection(Endpoint.parse("10.0.0.1:40000"), Endpoint.parse("10.0.0.2:22"))
     here = ipaddress.ip_address("10.0.0.1")
     assert json.loads(wire.encode_question(Question(NONCE, here, ends, 1001))) == QUESTION
-    told = Answer(NONCE, here, ends, Outcome.JOB, Reason.OWNER, "17", Witness.BPF, cluster="one")
+    told = Answer(NONCE, here, ends, Outcome.JOB, Reason.OWNER, "17", Witness.BPF, cluster="one", release="1.2.3~rc1")
     assert json.loads(wire.encode_answer(told)) == ANSWER
 
 
@@ -173,10 +193,9 @@ def test_the_longest_messages_fit_a_seal() -> None:
     """Spelled-out IPv6 and a 63-byte job id stay under the payload's bound."""
     long = ipaddress.ip_address("fd00:1111:2222:3333:4444:5555:6666:7777")
     ends = Connection(Endpoint(long, 65535), Endpoint(long, 65535))
-    told = Answer(
-        NONCE, long, ends, Outcome.JOB, Reason.JOB_NOT_TOLD, "x" * 63, Witness.CONNTRACK, True, cluster="x" * 63
-    )
-    assert len(wire.encode_answer(told)) < 512
+    most = {"job_id": "x" * 63, "cluster": "x" * 63, "release": "1" * 32}
+    told = Answer(NONCE, long, ends, Outcome.JOB, Reason.JOB_NOT_TOLD, witness=Witness.CONNTRACK, moved=True, **most)
+    assert len(wire.encode_answer(told)) < 600
     assert len(wire.encode_question(Question(NONCE, long, ends, UID_MAX))) < 512
 
 
@@ -208,6 +227,7 @@ ANSWERS = st.one_of(
         JOB_IDS,
         st.sampled_from(sorted(wire.WITNESSES, key=lambda witness: witness.value)),
         st.booleans(),
+        release=st.from_regex(r"\A[0-9][0-9a-z.+~\-]{0,31}\Z"),
     ),
     st.builds(
         Answer,

@@ -16,8 +16,8 @@ from adoptd.callerid.answering import (
     Settled,
 )
 from adoptd.callerid.asking import Asker, AskFault, Told
+from adoptd.callerid.peers import Peer, Peers
 from adoptd.callerid.sealing import AGENT_UID, Refused, SealRoom
-from adoptd.callerid.unheard import Unheard
 
 __all__ = [
     "AGENT_UID",
@@ -29,10 +29,11 @@ __all__ = [
     "AskFault",
     "Asker",
     "Inquiry",
+    "Peer",
+    "Peers",
     "Refused",
     "Responder",
     "SealRoom",
     "Settled",
     "Told",
-    "Unheard",
 ]

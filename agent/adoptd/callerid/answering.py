@@ -41,6 +41,7 @@ from adoptd.seal import Opened, SealError
 from adoptd.seal.replay import Admission, ReplayCache
 from adoptd.wire.callerid import (
     Answer,
+    OtherVersion,
     Outcome,
     Question,
     Reason,
@@ -382,6 +383,8 @@ class Responder:
     def _read(opened: Opened) -> Question:
         try:
             return decode_question(opened.payload)
+        except OtherVersion as error:
+            raise Refused(Refusal.OTHER_VERSION, str(error)) from None
         except ProtocolError as error:
             raise Refused(Refusal.MALFORMED, str(error)) from None
 

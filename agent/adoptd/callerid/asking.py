@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import FrozenSet, Optional, Tuple, Union
 
+from adoptd.callerid.peers import Peers
 from adoptd.callerid.sealing import AGENT_UID, SealRoom
-from adoptd.callerid.unheard import Unheard
 from adoptd.connections.links import is_link_local, scope_of
 from adoptd.deadline import Deadline
 from adoptd.metrics import Metrics
@@ -63,7 +63,7 @@ class Told:
 
     ``hint`` goes with NO_JOB and Witness.HINT: a job that the connecting process's environment names. It is the
     user's own word, good for choosing among the user's own jobs and for nothing else. ``cluster`` is the one that
-    ``job_id`` is of, where the source node said.
+    ``job_id`` is of, where the source node said. ``release`` is its agent's, "" where no agent's word is told.
     """
 
     outcome: Outcome
@@ -74,6 +74,7 @@ class Told:
     detail: str = ""
     hint: Optional[str] = None
     cluster: Optional[str] = None
+    release: str = ""
 
 
 class Asker:
@@ -95,8 +96,8 @@ class Asker:
         self._metrics = metrics
         self._fallback = fallback
         self._hints = hints
-        # Who did not answer when last asked.
-        self.unheard = Unheard(time.monotonic)
+        # What came of asking each node last.
+        self.peers = Peers(time.monotonic)
 
     async def ask(
         self,
@@ -117,10 +118,9 @@ class Asker:
         deadline = deadline.earlier(self._timeout_ms)
         try:
             told = await self._ask(responder, connection, login_uid, deadline)
-            self.unheard.heard(responder)
         except _NoAnswer as error:
             if error.fault is not AskFault.SEAL_UNAVAILABLE:
-                self.unheard.note(responder, error.fault.value)
+                self.peers.silent(responder, error.fault.value)
             told = Told(Outcome.UNKNOWN, error.fault.value, detail=str(error))
             # Refused, and nothing else: a host that answers at all, and has nobody on our port, has no agent.
             if error.fault is AskFault.REFUSED and self._fallback is not None and theirs and at is None:
@@ -141,10 +141,19 @@ class Asker:
             except _NoAnswer as error:
                 # Nobody there yet is not the same as a host without an agent.
                 raise (hung_up if error.fault is AskFault.REFUSED else error) from None
+        self.peers.answered(responder, answer.release)
         if answer.hint is not None and self._hints:
-            return Told(answer.outcome, answer.reason.value, witness=Witness.HINT, hint=answer.hint)
+            return Told(
+                answer.outcome, answer.reason.value, witness=Witness.HINT, hint=answer.hint, release=answer.release
+            )
         return Told(
-            answer.outcome, answer.reason.value, answer.job_id, answer.witness, answer.moved, cluster=answer.cluster
+            answer.outcome,
+            answer.reason.value,
+            answer.job_id,
+            answer.witness,
+            answer.moved,
+            cluster=answer.cluster,
+            release=answer.release,
         )
 
     async def _answered(

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import socket
 import time
-from typing import AsyncGenerator, Awaitable, Callable, Dict, Iterable, Mapping, Tuple
+from typing import AsyncGenerator, Awaitable, Callable, Dict, Iterable, List, Mapping, Tuple
 
 from adoptd import __version__, config
 from adoptd.control.asking import Asking, CommandRefused, Parts, parse_connection
@@ -36,6 +36,8 @@ WATCH = "watch"
 
 # A screenful; how many there are is a metric.
 _UNHEARD_SHOWN = 20
+_RELEASES_SHOWN = 10
+_NODES_NAMED = 5
 
 # The agent imports this as it starts; a reload makes a new Control, and is no new start.
 _STARTED_S = time.monotonic()
@@ -90,14 +92,26 @@ async def _status(parts: Parts, arguments: Mapping[str, str], asking: Asking, de
         "sessions": len(parts.sessions),
         "sessions_watched_by": parts.sessions.watched_by,
         # Other hosts are root's business.
-        **({"unheard": _unheard(parts)} if asking.uid == 0 else {}),
+        **(_peers(parts) if asking.uid == 0 else {}),
     }
 
 
-def _unheard(parts: Parts) -> Result:
-    """Source nodes that did not answer, the latest first, with the reason and how long ago."""
-    silent = () if parts.asker is None else parts.asker.unheard.now()
-    return {str(address): f"{reason}, {since_s:.0f} s ago" for address, reason, since_s in silent[:_UNHEARD_SHOWN]}
+def _peers(parts: Parts) -> Result:
+    """Source nodes asked within the hour, the latest first: those that did not answer with the reason and how long ago,
+    the others by the release of their agents."""
+    peers = () if parts.asker is None else parts.asker.peers.now()
+    silent = [peer for peer in peers if peer.reason]
+    releases: Dict[str, List[str]] = {}
+    for peer in peers:
+        if peer.release:
+            releases.setdefault(peer.release, []).append(str(peer.address))
+    return {
+        "unheard": {str(peer.address): f"{peer.reason}, {peer.ago_s:.0f} s ago" for peer in silent[:_UNHEARD_SHOWN]},
+        "releases": {
+            release: {"nodes": len(nodes), "latest": ", ".join(nodes[:_NODES_NAMED])}
+            for release, nodes in sorted(releases.items())[:_RELEASES_SHOWN]
+        },
+    }
 
 
 async def _configuration(parts: Parts, arguments: Mapping[str, str], asking: Asking, deadline: Deadline) -> Result:
@@ -133,6 +147,7 @@ async def _whois(parts: Parts, arguments: Mapping[str, str], asking: Asking, dea
             "witness": None if told.witness is None else told.witness.value,
             "moved": told.moved,
             "hint": told.hint,
+            "release": told.release or None,
             "detail": told.detail,
         }
     settled = await parts.inquiry.settle(connection, login_uid, deadline)

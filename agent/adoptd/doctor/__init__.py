@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import List, Sequence, Tuple
 
 from adoptd import config
-from adoptd.doctor import agent, files, jobs, kernel, network, pam, seal, sshd
+from adoptd.doctor import agent, callerid, exporter, files, jobs, kernel, pam, ports, seal, sshd
 from adoptd.doctor.findings import Check, Finding, Grade, Scene, failure, ok, run_checks, worst
 from adoptd.model import ConfigError
 from adoptd.pam_lines import PAM_DIRECTORY
@@ -37,14 +37,14 @@ _TABLE: Tuple[Tuple[Check, bool], ...] = (
     (Check("key", seal.look_at_keys), True),
     (Check("key", seal.look_at_munge_directories), True),
     (Check("clock", seal.look_at_clock), False),
-    (Check("port", network.look_at_ports), True),
-    (Check("metrics", network.look_at_exporter), True),
+    (Check("port", ports.look_at_ports), True),
+    (Check("metrics", exporter.look_at_exporter), True),
     (Check("kernel", kernel.look_at_kernel), False),
     (Check("probe", kernel.look_at_probe), True),
     (Check("cgroups", kernel.look_at_cgroups), False),
 )
 # Timed, so not beside the others.
-_ASKING: Tuple[Check, ...] = (Check("answer", network.look_at_own_answer),)
+_ASKING: Tuple[Check, ...] = (Check("answer", callerid.look_at_own_answer),)
 CHECKS: Tuple[Check, ...] = tuple(check for check, _ in _TABLE)
 _OF_THE_HOST: Tuple[Check, ...] = tuple(check for check, of_settings in _TABLE if not of_settings)
 
@@ -71,5 +71,5 @@ def examine(
         settings, checks, asking, peers = config.Config(), _OF_THE_HOST, (), ()
     scene = Scene(file, settings, pam_directory, service, tuple(peers), deep, root, timeout_s)
     findings += run_checks(checks, scene)
-    named = tuple(Check("peer", network.look_at_peer(name)) for name in scene.peers)
+    named = tuple(Check("peer", callerid.look_at_peer(name)) for name in scene.peers)
     return findings + run_checks((*asking, *named), scene)

@@ -20,6 +20,7 @@ from adoptd import __version__
 from adoptd.client import AgentError, ask_agent
 from adoptd.config import Config
 from adoptd.connections.conntrack import NOTHING_TRANSLATED
+from adoptd.doctor.callerid import judge_peers_asked
 from adoptd.doctor.findings import Finding, Scene, failure, ok, warning
 from adoptd.wire.control import Command, Result
 
@@ -46,6 +47,8 @@ def look_at_agent(scene: Scene) -> Iterator[Finding]:
     yield from judge_status(status, path, scene.settings)
     if not scene.root:
         return
+    if scene.settings.callerid.enabled:
+        yield from judge_peers_asked(status)
     try:
         inside = ask_agent(path, Command("configuration", {}))
     except AgentError:

@@ -11,8 +11,9 @@ import enum
 import ipaddress
 import re
 from dataclasses import dataclass
-from typing import Optional
+from typing import FrozenSet, Optional
 
+from adoptd import __version__
 from adoptd.model import (
     JOB_ID_MAX,
     UID_MAX,
@@ -26,6 +27,11 @@ from adoptd.model import (
 from adoptd.wire.strict_json import Fields, decode_object, encode_object
 
 VERSION = 1
+# What a later release may say; anything else is nobody's version.
+_OTHER_VERSIONS = range(VERSION + 1, 1 << 16)
+
+# Of an agent: what __version__ may be (PEP 440), with room for a packager's suffix.
+_RELEASE = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+~-]{0,31}")
 
 # 128 random bits in hex: a nonce that repeats by chance would let one answer pass for another's.
 _NONCE = re.compile(r"[0-9a-f]{32}")
@@ -48,12 +54,17 @@ _ANSWER_KEYS = frozenset(
         "moved",
         "hint",
         "cluster",
+        "release",
     }
 )
 
 
 # The others are what the asking node says of an answer, and no agent's word.
 WITNESSES = frozenset({Witness.BPF, Witness.DIAG, Witness.CONNTRACK, Witness.PROC})
+
+
+class OtherVersion(ProtocolError):
+    """A message of an agent that speaks another version of this protocol."""
 
 
 class Outcome(enum.Enum):
@@ -100,7 +111,8 @@ class Answer:
     ``responder`` is the address at which the answering node was reached. ``job_id`` and ``witness``
     go with Outcome.JOB. ``moved``: the owner has left the job's cgroup since it connected. ``hint`` goes with
     Outcome.NO_JOB: a job that the environment of the owner, a process of the login user's, names. ``cluster`` goes
-    with Outcome.JOB: the cluster that the job's id is of, None where the job manager has no name for it.
+    with Outcome.JOB: the cluster that the job's id is of, None where the job manager has no name for it. ``release`` is
+    the answering agent's: told to people, and nothing goes by it.
     """
 
     nonce: str
@@ -113,6 +125,7 @@ class Answer:
     moved: bool = False
     hint: Optional[str] = None
     cluster: Optional[str] = None
+    release: str = __version__
 
 
 def encode_question(question: Question) -> bytes:
@@ -130,9 +143,8 @@ def encode_question(question: Question) -> bytes:
 
 
 def decode_question(payload: bytes) -> Question:
-    """The question in an opened seal. Raises ProtocolError."""
-    fields = Fields(decode_object(payload, "question"), _QUESTION_KEYS, "question")
-    _check_head(fields, "question")
+    """The question in an opened seal. Raises ProtocolError, OtherVersion where that is all that can be told."""
+    fields = _fields(payload, _QUESTION_KEYS, "question")
     return Question(
         nonce=_nonce(fields),
         responder=_address(fields, "to"),
@@ -157,14 +169,14 @@ def encode_answer(answer: Answer) -> bytes:
             "moved": answer.moved,
             "hint": answer.hint,
             "cluster": answer.cluster,
+            "release": answer.release,
         }
     )
 
 
 def decode_answer(payload: bytes) -> Answer:
     """The answer in an opened seal. Raises ProtocolError, also for a job without JOB or the reverse."""
-    fields = Fields(decode_object(payload, "answer"), _ANSWER_KEYS, "answer")
-    _check_head(fields, "answer")
+    fields = _fields(payload, _ANSWER_KEYS, "answer")
     job_id = fields.optional_text("job", JOB_ID_MAX)
     witness = fields.optional_text("witness", 16)
     try:
@@ -179,6 +191,7 @@ def decode_answer(payload: bytes) -> Answer:
             moved=fields.boolean("moved"),
             hint=fields.optional_text("hint", JOB_ID_MAX),
             cluster=fields.optional_text("cluster", JOB_ID_MAX),
+            release=fields.text("release", 32),
         )
     except ValueError as error:
         raise ProtocolError(f"answer: {error}") from None
@@ -189,6 +202,8 @@ def decode_answer(payload: bytes) -> Answer:
         raise ProtocolError(f"answer: outcome {answer.outcome.value} does not go with a hint")
     if answer.cluster is not None and not (named and is_job_id(answer.cluster)):
         raise ProtocolError(f"answer: cluster {answer.cluster!r} is no name of one, or goes with no job")
+    if not _RELEASE.fullmatch(answer.release):
+        raise ProtocolError(f"answer: release {answer.release!r} is no version number")
     for job in (answer.job_id, answer.hint):
         if job is not None and not is_job_id(job):
             raise ProtocolError(f"answer: job {job!r} is not a job id")
@@ -197,11 +212,18 @@ def decode_answer(payload: bytes) -> Answer:
     return answer
 
 
-def _check_head(fields: Fields, kind: str) -> None:
+def _fields(payload: bytes, keys: FrozenSet[str], kind: str) -> Fields:
+    value = decode_object(payload, kind)
+    version = value.get("v")
+    # Before the keys: another version has others, and that is what there is to say of it.
+    if type(version) is int and version in _OTHER_VERSIONS:
+        raise OtherVersion(f"{kind}: version {version} of the protocol, expected {VERSION}")
+    fields = Fields(value, keys, kind)
     fields.integer("v", VERSION, VERSION)
     if fields.text("type", 16) != kind:
         # An answer sent back as a question (or the reverse) is sealed by us and fresh: the type refuses it.
         raise ProtocolError(f"{kind}: type is another one")
+    return fields
 
 
 def _nonce(fields: Fields) -> str:

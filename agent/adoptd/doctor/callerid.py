@@ -1,4 +1,4 @@
-"""The doctor's look at the network: our ports, our own answers, and a named peer's.
+"""The doctor's look at callerid: our own agent's answers, a named peer's, and what the agent has heard from others.
 
 Owns the question that is asked for the sake of its answer, about a connection that nobody has, and what is concluded
 from it, which is no more than was shown. Called through the table of checks.
@@ -7,28 +7,23 @@ from it, which is no more than was shown. Called through the table of checks.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import http.client
 import ipaddress
-import os
 import socket
-import ssl
-import stat
-import struct
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable, Dict, FrozenSet, Iterator, List, Optional, Tuple, TypeVar
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple, TypeVar
 
+from adoptd import __version__
 from adoptd.callerid import Asker, AskFault, SealRoom
-from adoptd.config import MetricsConfig
 from adoptd.deadline import Deadline
 from adoptd.doctor.findings import Finding, Scene, TookTooLong, failure, ok, warning, within
+from adoptd.doctor.ports import own_address
 from adoptd.metrics import Metrics
 from adoptd.model import Connection, Endpoint, IPAddress
 from adoptd.seal import Opened, Seal, SealError
 from adoptd.slurm_site import configured_seal
 from adoptd.wire.callerid import Reason
+from adoptd.wire.control import Result
 from adoptd.workers import Workers
 
 _T = TypeVar("_T")
@@ -38,11 +33,6 @@ _ASK_MS = 2_000
 _RESOLVE_S = 1.5
 _CONNECT_S = 1.0
 _SEAL_S = 3.0
-_EXPORTER_S = 1.5
-_LISTEN = "0A"
-# netdevice(7)
-_SIOCGIFFLAGS = 0x8913
-_IFF_UP = 0x1
 # A clock that is that far off is worth a word before the seal refuses it.
 _CLOCK_SHARE = 0.3
 # No socket has it: the question is about nobody's connection.
@@ -51,132 +41,10 @@ _SSHD_PORT = 22
 
 
 @dataclass(frozen=True)
-class Listener:
-    """A port on which somebody listens here. ``holders``: names of programs, empty where they cannot be told."""
-
-    address: IPAddress
-    port: int
-    holders: Tuple[str, ...] = ()
-    uid: Optional[int] = None
-
-
-def look_at_ports(scene: Scene) -> Iterator[Finding]:
-    """Who has our ports."""
-    section, metrics = scene.settings.callerid, scene.settings.metrics
-    wanted: List[Tuple[str, str, int]] = []
-    if section.enabled:
-        wanted += [("callerid", address, section.port) for address in section.listen]
-    if metrics.enabled:
-        wanted.append(("metrics", metrics.listen, metrics.port))
-    ports = frozenset(port for _, _, port in wanted)
-    yield from judge_loopback(_is_up("lo"))
-    ipv6 = Path("/proc/net/if_inet6").exists()
-    yield from judge_ports(wanted, _listeners(ports, Path("/proc")), scene.settings.callerid.enabled, ipv6)
-
-
-def judge_ports(
-    wanted: List[Tuple[str, str, int]], found: List[Listener], callerid: bool, ipv6: bool = True
-) -> Iterator[Finding]:
-    """``wanted``: what for, address and port."""
-    for what, address, port in wanted:
-        there = ipaddress.ip_address(address)
-        holders = [each for each in found if each.port == port and _keeps(each.address, there)]
-        foreign = [each for each in holders if each.uid not in (0, None)]
-        if not holders:
-            seen = f"nobody listens on {address} port {port} ({what})"
-            if there.version == 6 and not ipv6:
-                yield failure("port", f"{seen}, and this host has no IPv6", f"take {address} out of [callerid] listen")
-            elif what == "callerid":
-                yield failure("port", seen, "systemctl restart adoptd; other nodes cannot ask this one until then")
-            else:
-                yield warning(
-                    "port", seen, "systemctl restart adoptd; Prometheus has nothing from this node until then"
-                )
-        elif foreign:
-            who = ", ".join(foreign[0].holders) or "a program"
-            seen = f"{address} port {port} ({what}) is held by {who} of uid {foreign[0].uid}, who is not root"
-            yield failure(
-                "port", seen, f"end it (ss -ltnp sport = :{port}); adoptd-callerid.socket keeps the port from users"
-            )
-        else:
-            who = ", ".join(holders[0].holders)
-            yield ok("port", f"{address} port {port} ({what}{': ' + who if who else ''})")
-    if not callerid:
-        yield warning(
-            "port", "other nodes are not asked: [callerid] enabled is false", "set it to true for several jobs per node"
-        )
-
-
-def judge_loopback(up: Optional[bool]) -> Iterator[Finding]:
-    """Without it nothing of ours can test itself; ``up`` None: cannot be told."""
-    if up is False:
-        seen = "the loopback device is down: no self-test can pass, and Prometheus on this node has nothing"
-        yield failure("port", seen, "ip link set lo up")
-
-
-def _is_up(device: str) -> Optional[bool]:
-    request = struct.pack("16sH14x", device.encode(), 0)
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            answer = fcntl.ioctl(sock, _SIOCGIFFLAGS, request)
-    except OSError:
-        return None
-    return bool(struct.unpack("16sH14x", answer)[1] & _IFF_UP)
-
-
-def _keeps(bound: IPAddress, wanted: IPAddress) -> bool:
-    """Whether nobody else can listen at ``wanted`` while somebody does at ``bound``."""
-    return bound == wanted or (bound.is_unspecified and bound.version == wanted.version)
-
-
-def _listeners(ports: FrozenSet[int], proc: Path) -> List[Listener]:
-    rows: List[Tuple[IPAddress, int, int, str]] = []
-    for name in ("tcp", "tcp6"):
-        try:
-            with (proc / "net" / name).open(encoding="ascii") as table:
-                next(table, None)
-                for line in table:
-                    fields = line.split()
-                    if fields[3] == _LISTEN:
-                        address, port = _place(fields[1])
-                        if port in ports:
-                            rows.append((address, port, int(fields[7]), fields[9]))
-        except OSError:
-            continue
-    holders = _holders(frozenset(inode for *_, inode in rows), proc)
-    return [Listener(address, port, holders.get(inode, ()), uid) for address, port, uid, inode in rows]
-
-
-def _place(text: str) -> Tuple[IPAddress, int]:
-    """An address as /proc/net/tcp has it: 32-bit words in host order (proc(5))."""
-    host, _, port = text.partition(":")
-    words = bytes.fromhex(host)
-    packed = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
-    return ipaddress.ip_address(packed), int(port, 16)
-
-
-def _holders(inodes: FrozenSet[str], proc: Path) -> Dict[str, Tuple[str, ...]]:
-    found: Dict[str, Tuple[str, ...]] = {}
-    wanted = {f"socket:[{inode}]": inode for inode in inodes}
-    for entry in os.listdir(proc):
-        if not entry.isdigit():
-            continue
-        try:
-            for fd in os.listdir(proc / entry / "fd"):
-                inode = wanted.get(os.readlink(proc / entry / "fd" / fd))
-                if inode is not None:
-                    name = (proc / entry / "comm").read_text("utf-8", "replace").strip()
-                    found[inode] = tuple(dict.fromkeys((*found.get(inode, ()), f"{name} (pid {entry})")))
-        except OSError:
-            continue
-    return found
-
-
-@dataclass(frozen=True)
 class Heard:
     """What came of a question: ``reason`` is a value of Reason or AskFault.
 
-    ``ahead_s`` is the answerer's clock less ours, to within ``precision_s``.
+    ``ahead_s`` is the answerer's clock less ours, to within ``precision_s``. ``release`` is the answering agent's.
     """
 
     reason: str
@@ -184,6 +52,7 @@ class Heard:
     took_ms: float
     ahead_s: Optional[float] = None
     precision_s: float = 0.0
+    release: str = ""
 
 
 class _NotedSeal:
@@ -233,7 +102,7 @@ def ask(scene: Scene, at: IPAddress, from_address: Optional[IPAddress] = None) -
     finally:
         seal.close()
     precision_s = (1.0 if seal.scheme == "munge" else 0.0) + took_ms / 1000
-    return Heard(told.reason, told.detail, took_ms, seal.ahead_s, precision_s)
+    return Heard(told.reason, told.detail, took_ms, seal.ahead_s, precision_s, told.release)
 
 
 def look_at_own_answer(scene: Scene) -> Iterator[Finding]:
@@ -258,14 +127,6 @@ def look_at_own_answer(scene: Scene) -> Iterator[Finding]:
         yield failure(
             "answer", seen, "put right what is said of the agent, its port and the seal; journalctl -u adoptd"
         )
-
-
-def own_address(listen: Tuple[str, ...]) -> IPAddress:
-    """An address of ours at which the agent can be asked from here."""
-    first = ipaddress.ip_address(listen[0])
-    if first.is_unspecified:
-        return ipaddress.ip_address("127.0.0.1" if first.version == 4 else "::1")
-    return first
 
 
 # What an agent says of a connection that nobody has: that it was asked, and looked.
@@ -317,6 +178,37 @@ def look_at_peer(name: str) -> Callable[[Scene], Iterator[Finding]]:
     return look
 
 
+def judge_peers_asked(status: Result) -> Iterator[Finding]:
+    """What the agent, asked by root, says of the nodes that it has asked within the hour: see control's ``status``."""
+    releases, unheard = status.get("releases"), status.get("unheard")
+    if not isinstance(releases, dict) or not isinstance(unheard, dict):
+        return  # an older agent, of which its version is said
+    asked = {str(release): nodes for release, nodes in releases.items() if isinstance(nodes, dict)}
+    others = [
+        f"{release} on {nodes.get('nodes')} ({_shortened(nodes)})"
+        for release, nodes in asked.items()
+        if release != __version__
+    ]
+    if others:
+        seen = f"nodes that answered within the hour run another version than {__version__}: {', '.join(others)}"
+        yield warning("peers", seen, _ONE_RELEASE)
+    elif asked:
+        yield ok("peers", f"version {__version__} on all {asked[__version__].get('nodes')} nodes asked within the hour")
+    elif not unheard:
+        yield ok("peers", "no other node was asked within the hour; --peer NODE asks one")
+    # Who refuses has no agent: a login node, as a rule.
+    silent = {node: why for node, why in unheard.items() if not str(why).startswith(AskFault.REFUSED.value)}
+    if silent:
+        node, why = next(iter(silent.items()))
+        seen = f"{len(silent)} of the nodes asked within the hour did not answer, at last {node}: {why}"
+        yield warning("peers", seen, f"adoptd doctor --peer {node}")
+
+
+def _shortened(nodes: Mapping[str, object]) -> str:
+    count, latest = nodes.get("nodes"), str(nodes.get("latest"))
+    return f"{latest}, ..." if count != latest.count(",") + 1 else latest
+
+
 def judge_peer(where: str, port: int, heard: Heard, connects: Optional[str], scene: Scene) -> Iterator[Finding]:
     """``connects``: what a bare connect() to the port came to, where there was no answer."""
     at = f"{where} port {port}"
@@ -324,12 +216,15 @@ def judge_peer(where: str, port: int, heard: Heard, connects: Optional[str], sce
     fault = _PEER_FAULTS.get(heard.reason)
     if heard.reason in _ANSWERS:
         slow = heard.took_ms > timeout_ms
-        seen = f"{at} answered in {heard.took_ms:.1f} ms under our seal; shown from here to there only"
+        seen = f"{at} answered in {heard.took_ms:.1f} ms under our seal, version {heard.release}"
+        seen += "; shown from here to there only"
         if slow:
             more = f", and logins wait {timeout_ms} ms at most"
             yield warning("peer", seen + more, "raise [callerid] timeout_ms, or look at the load and munged there")
         else:
             yield ok("peer", seen)
+        if heard.release != __version__:
+            yield warning("peer", f"{where}: version {heard.release}, here it is {__version__}", _ONE_RELEASE)
         yield from _judge_peer_clock(where, heard, ttl_s)
     elif heard.reason == AskFault.TIMEOUT.value:
         yield _judge_silence(at, connects)
@@ -361,6 +256,7 @@ def _judge_peer_clock(where: str, heard: Heard, ttl_s: int) -> Iterator[Finding]
         yield ok("peer", f"{where}: clocks agree to within {off_s + heard.precision_s:.1f} s")
 
 
+_ONE_RELEASE = "install one version of adoptd on all nodes"
 _SAME_KEY = "the same key and [seal] scheme on both nodes (munge -n | ssh NODE unmunge; sha256sum adoptd.key)"
 # What was seen, and what to do.
 _PEER_FAULTS: Dict[str, Tuple[str, str]] = {
@@ -370,8 +266,8 @@ _PEER_FAULTS: Dict[str, Tuple[str, str]] = {
     ),
     AskFault.UNREACHABLE.value: ("not reachable", "look at routes and at whether the node is up"),
     AskFault.CLOSED.value: (
-        "it closed without an answer: our seal is not opened there (other key, scheme, or clocks {ttl} s apart)",
-        _SAME_KEY + "; compare date on both; journalctl -u adoptd there says why",
+        "it closed without an answer: our seal is not opened there (other key, scheme, version; clocks {ttl} s apart)",
+        _SAME_KEY + "; compare date and adoptd --version on both; journalctl -u adoptd there says why",
     ),
     AskFault.MALFORMED.value: (
         "what answers there is no agent of this protocol",
@@ -411,73 +307,3 @@ def _connects(address: IPAddress, port: int) -> str:
     except OSError as error:
         return f"{error.strerror or 'no reply to connect()'} after {time.monotonic() - started_s:.1f} s"
     return "connected"
-
-
-def look_at_exporter(scene: Scene) -> Iterator[Finding]:
-    """Fetch the metrics as Prometheus would."""
-    section = scene.settings.metrics
-    if not section.enabled:
-        if section.textfile:
-            yield from judge_textfile(section.textfile, _age_s(section.textfile))
-        else:
-            yield warning(
-                "metrics", "not exported: [metrics] enabled is false and textfile is empty", "set one of the two"
-            )
-        return
-    if section.tls_client_ca:
-        yield ok("metrics", "not fetched: that takes a client certificate, which is Prometheus's")
-        return
-    for path in filter(None, (section.tls_certificate, section.tls_key)):
-        if not os.path.isfile(path):
-            yield failure(
-                "metrics", f"{path} is missing: the next start exports nothing", "put it there, or take TLS out"
-            )
-    where = f"{own_address((section.listen,))} port {section.port}"
-    try:
-        status, body = _fetch(section)
-    except (OSError, http.client.HTTPException) as error:
-        yield warning(
-            "metrics", f"{where}: {error}", "systemctl restart adoptd; look at [metrics] and who has the port"
-        )
-        return
-    if status == 200 and b"\nadoptd_" in body:
-        yield ok("metrics", f"{where}: {body.count(bytes([10]))} lines")
-    else:
-        seen = f"{where} answers with status {status}, and not with the agent's metrics"
-        yield warning("metrics", seen, f"somebody else has the port: ss -ltnp sport = :{section.port}")
-
-
-def judge_textfile(path: str, age_s: Optional[float]) -> Iterator[Finding]:
-    """It is written every few seconds."""
-    if age_s is None:
-        yield warning("metrics", f"{path} is missing", "make its directory, writable by the agent (ReadWritePaths=)")
-    elif age_s > 300:
-        yield warning("metrics", f"{path} is {age_s:.0f} s old", "systemctl restart adoptd; is the directory writable?")
-    else:
-        yield ok("metrics", f"{path} is {age_s:.0f} s old")
-
-
-def _age_s(path: str) -> Optional[float]:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return time.time() - found.st_mtime if stat.S_ISREG(found.st_mode) else None
-
-
-def _fetch(section: MetricsConfig) -> Tuple[int, bytes]:
-    host = str(own_address((section.listen,)))
-    if section.tls_certificate:
-        # Of interest is whether it answers; whose certificate it is Prometheus checks.
-        context = ssl._create_unverified_context()  # noqa: S323 (as said above)
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            host, section.port, timeout=_EXPORTER_S, context=context
-        )
-    else:
-        connection = http.client.HTTPConnection(host, section.port, timeout=_EXPORTER_S)
-    try:
-        connection.request("GET", "/metrics")
-        answer = connection.getresponse()
-        return answer.status, b"\n" + answer.read(4 << 20)
-    finally:
-        connection.close()

@@ -1,0 +1,153 @@
+"""The doctor's look at our ports: who listens there, and whether the loopback device is up.
+
+Owns what is concluded from the kernel's tables of listeners. Called through the table of checks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, FrozenSet, Iterator, List, Optional, Tuple
+
+from adoptd.doctor.findings import Finding, Scene, failure, ok, warning
+from adoptd.model import IPAddress
+
+_LISTEN = "0A"
+# netdevice(7)
+_SIOCGIFFLAGS = 0x8913
+_IFF_UP = 0x1
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A port on which somebody listens here. ``holders``: names of programs, empty where they cannot be told."""
+
+    address: IPAddress
+    port: int
+    holders: Tuple[str, ...] = ()
+    uid: Optional[int] = None
+
+
+def look_at_ports(scene: Scene) -> Iterator[Finding]:
+    """Who has our ports."""
+    section, metrics = scene.settings.callerid, scene.settings.metrics
+    wanted: List[Tuple[str, str, int]] = []
+    if section.enabled:
+        wanted += [("callerid", address, section.port) for address in section.listen]
+    if metrics.enabled:
+        wanted.append(("metrics", metrics.listen, metrics.port))
+    ports = frozenset(port for _, _, port in wanted)
+    yield from judge_loopback(_is_up("lo"))
+    ipv6 = Path("/proc/net/if_inet6").exists()
+    yield from judge_ports(wanted, _listeners(ports, Path("/proc")), scene.settings.callerid.enabled, ipv6)
+
+
+def judge_ports(
+    wanted: List[Tuple[str, str, int]], found: List[Listener], callerid: bool, ipv6: bool = True
+) -> Iterator[Finding]:
+    """``wanted``: what for, address and port."""
+    for what, address, port in wanted:
+        there = ipaddress.ip_address(address)
+        holders = [each for each in found if each.port == port and _keeps(each.address, there)]
+        foreign = [each for each in holders if each.uid not in (0, None)]
+        if not holders:
+            seen = f"nobody listens on {address} port {port} ({what})"
+            if there.version == 6 and not ipv6:
+                yield failure("port", f"{seen}, and this host has no IPv6", f"take {address} out of [callerid] listen")
+            elif what == "callerid":
+                yield failure("port", seen, "systemctl restart adoptd; other nodes cannot ask this one until then")
+            else:
+                yield warning(
+                    "port", seen, "systemctl restart adoptd; Prometheus has nothing from this node until then"
+                )
+        elif foreign:
+            who = ", ".join(foreign[0].holders) or "a program"
+            seen = f"{address} port {port} ({what}) is held by {who} of uid {foreign[0].uid}, who is not root"
+            yield failure(
+                "port", seen, f"end it (ss -ltnp sport = :{port}); adoptd-callerid.socket keeps the port from users"
+            )
+        else:
+            who = ", ".join(holders[0].holders)
+            yield ok("port", f"{address} port {port} ({what}{': ' + who if who else ''})")
+    if not callerid:
+        yield warning(
+            "port", "other nodes are not asked: [callerid] enabled is false", "set it to true for several jobs per node"
+        )
+
+
+def judge_loopback(up: Optional[bool]) -> Iterator[Finding]:
+    """Without it nothing of ours can test itself; ``up`` None: cannot be told."""
+    if up is False:
+        seen = "the loopback device is down: no self-test can pass, and Prometheus on this node has nothing"
+        yield failure("port", seen, "ip link set lo up")
+
+
+def _is_up(device: str) -> Optional[bool]:
+    request = struct.pack("16sH14x", device.encode(), 0)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            answer = fcntl.ioctl(sock, _SIOCGIFFLAGS, request)
+    except OSError:
+        return None
+    return bool(struct.unpack("16sH14x", answer)[1] & _IFF_UP)
+
+
+def _keeps(bound: IPAddress, wanted: IPAddress) -> bool:
+    """Whether nobody else can listen at ``wanted`` while somebody does at ``bound``."""
+    return bound == wanted or (bound.is_unspecified and bound.version == wanted.version)
+
+
+def _listeners(ports: FrozenSet[int], proc: Path) -> List[Listener]:
+    rows: List[Tuple[IPAddress, int, int, str]] = []
+    for name in ("tcp", "tcp6"):
+        try:
+            with (proc / "net" / name).open(encoding="ascii") as table:
+                next(table, None)
+                for line in table:
+                    fields = line.split()
+                    if fields[3] == _LISTEN:
+                        address, port = _place(fields[1])
+                        if port in ports:
+                            rows.append((address, port, int(fields[7]), fields[9]))
+        except OSError:
+            continue
+    holders = _holders(frozenset(inode for *_, inode in rows), proc)
+    return [Listener(address, port, holders.get(inode, ()), uid) for address, port, uid, inode in rows]
+
+
+def _place(text: str) -> Tuple[IPAddress, int]:
+    """An address as /proc/net/tcp has it: 32-bit words in host order (proc(5))."""
+    host, _, port = text.partition(":")
+    words = bytes.fromhex(host)
+    packed = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+    return ipaddress.ip_address(packed), int(port, 16)
+
+
+def _holders(inodes: FrozenSet[str], proc: Path) -> Dict[str, Tuple[str, ...]]:
+    found: Dict[str, Tuple[str, ...]] = {}
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    for entry in os.listdir(proc):
+        if not entry.isdigit():
+            continue
+        try:
+            for fd in os.listdir(proc / entry / "fd"):
+                inode = wanted.get(os.readlink(proc / entry / "fd" / fd))
+                if inode is not None:
+                    name = (proc / entry / "comm").read_text("utf-8", "replace").strip()
+                    found[inode] = tuple(dict.fromkeys((*found.get(inode, ()), f"{name} (pid {entry})")))
+        except OSError:
+            continue
+    return found
+
+
+def own_address(listen: Tuple[str, ...]) -> IPAddress:
+    """An address of ours at which the agent can be asked from here."""
+    first = ipaddress.ip_address(listen[0])
+    if first.is_unspecified:
+        return ipaddress.ip_address("127.0.0.1" if first.version == 4 else "::1")
+    return first
