@@ -7,6 +7,7 @@ report an adoption it has not read back. Built by the service, called by calleri
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import threading
@@ -334,14 +335,17 @@ class SlurmJobs:
         process, job = wanted.process, wanted.job
         if step.state is StepState.ENDING:
             raise AdoptionFailed(f"job {job.id} is ending", JobFault.JOB_ENDED)
-        homes = self._homes(job, step.sluid)
         before = self._where(process)
+        looked_for = self._homes(job, step.sluid)
+        homes = list(itertools.islice(looked_for, 1))
         if not homes:
             # Then the step would say yes and move nothing: proctrack/linuxproc, proctrack/pgid.
             text = f"job {job.id} has no cgroup here: ProctrackType=proctrack/cgroup is needed"
             raise AdoptionFailed(text, JobFault.NO_CGROUP)
         if not self._missing(job, step.sluid, homes, before):
-            return
+            homes += looked_for
+            if not self._missing(job, step.sluid, homes, before):
+                return
         if deadline.expired:
             # A move must not happen after its login was told that it failed.
             raise AdoptionFailed(
@@ -350,7 +354,10 @@ class SlurmJobs:
         ahead = [Op.X11_DISPLAY] if wanted.x11 else []
         ahead += [connection.op_of_namespaces] if wanted.namespaces else []
         try:
-            code, held = connection.add(process.pid, deadline, ahead)
+            connection.ask_to_add(process.pid, ahead)
+            # While the step is at it.
+            homes += looked_for
+            code, held = connection.added(deadline)
             if code != 0:
                 text = f"the step of job {job.id} refuses process {process.pid}: error {code}"
                 raise AdoptionFailed(text, JobFault.STEP_REFUSES)
@@ -389,10 +396,11 @@ class SlurmJobs:
         ]
         return f"; process {process.pid} is stuck in {', '.join(stuck)}" if stuck else ""
 
-    def _homes(self, job: Job, sluid: Optional[int]) -> List[Hierarchy]:
-        """The hierarchies in which the job's extern step has a cgroup."""
+    def _homes(self, job: Job, sluid: Optional[int]) -> Iterator[Hierarchy]:
+        """The hierarchies in which the job's extern step has a cgroup, looked for one by one. Raises JobManagerError
+        before the first."""
         paths = self._conf.settings().paths
-        return [each for each in self._mounts.hierarchies() if _is_home(paths, each, job, sluid)]
+        return (each for each in self._mounts.hierarchies() if _is_home(paths, each, job, sluid))
 
     def _missing(self, job: Job, sluid: Optional[int], homes: Sequence[Hierarchy], where: Mapping[int, str]) -> str:
         """In words, the hierarchies among ``homes`` in which a process at ``where`` is not in the job; or ""."""

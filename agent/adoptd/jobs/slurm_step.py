@@ -122,17 +122,22 @@ class StepConnection:
         except ProtocolError as error:
             raise StepError(f"{self._label}: {error}") from None
 
-    def add(self, pid: int, deadline: Deadline, ahead: Sequence[Op] = ()) -> Tuple[int, bool]:
-        """Ask an extern step to take the process in. Raises StepError.
+    def ask_to_add(self, pid: int, ahead: Sequence[Op] = ()) -> None:
+        """Ask an extern step to take the process in; :meth:`added` is what it says. Raises StepError.
 
-        Returns 0 or Slurm's error, which is no proof, and whether the step's proctrack plugin has the process
-        afterwards: both are sent at once, and one connection's requests are served in order. ``ahead``: what x11() and
-        namespaces() are going to be called for, in that order, so that the step need not be waited for again.
+        ``ahead``: what x11() and namespaces() are going to be called for, in that order, so that the step need not be
+        waited for again.
         """
         requests = wire.request_about(Op.ADD_EXTERN_PID, pid) + wire.request_about(Op.PID_IN_CONTAINER, pid)
         self.send(requests + b"".join(map(wire.request, ahead)))
         self._owes_added = True
         self._ahead.update(ahead)
+
+    def added(self, deadline: Deadline) -> Tuple[int, bool]:
+        """0 or Slurm's error, which is no proof, and whether the step's proctrack plugin has the process afterwards.
+
+        Both were asked at once: one connection's requests are served in order. Raises StepError.
+        """
         code = self.receive(wire.read_added(), deadline)
         self._owes_added = False
         return code, self.receive(wire.read_contains(), deadline)
