@@ -16,7 +16,7 @@ import pytest
 from slurm_scene import ALICE, SLICE, Scene, ids, soon
 
 from adoptd.deadline import Deadline
-from adoptd.jobs import slurm
+from adoptd.jobs import slurm_adopt
 from adoptd.jobs.slurm_step import StepConnection
 from adoptd.jobs.slurm_turns import Turns
 from adoptd.jobs.slurm_wire import X11Display
@@ -452,7 +452,7 @@ def test_who_waits_for_its_turn_does_not_wait_for_another_s_display(scene: Scene
     asked_x11 = StepConnection.x11
 
     def x11(connection: StepConnection, deadline: Deadline) -> Optional[X11Display]:
-        with scene.jobs._turns.of(job, Deadline.after_ms(1000)):
+        with scene.jobs._adoptions._turns.of(job, Deadline.after_ms(1000)):
             seen.append(True)
         return asked_x11(connection, deadline)
 
@@ -478,7 +478,7 @@ def test_what_a_step_said_a_while_ago_is_asked_again(
     scene: Scene, process: ProcessHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a wait for a turn the job may be ending: nothing is adopted by what was true before it."""
-    monkeypatch.setattr(slurm, "_HEARD_FOR_S", 0.0)
+    monkeypatch.setattr(slurm_adopt, "_HEARD_FOR_S", 0.0)
     step = scene.step(5)
     with scene.jobs.here(ALICE, soon()) as here:
         (job,) = here.jobs

@@ -1,59 +1,35 @@
 """Slurm's jobs, as the extern steps of this node know them.
 
-Owns the answers of the JobBackend protocol. It must never move a process itself (only the step does it
-completely: accounting, signals, limits), take a cgroup path for a job without asking the job's step, nor
-report an adoption it has not read back. Built by the service, called by callerid, adoption and sessions.
+Owns the answers of the JobBackend protocol. It must never take a cgroup path for a job without asking the job's
+step. Built by the service, called by callerid, adoption and sessions.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
 import threading
-import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from adoptd import log
 from adoptd.deadline import Deadline
-from adoptd.hierarchy import CgroupMounts, Hierarchy, HierarchyKind, path_of_id
+from adoptd.hierarchy import CgroupMounts, HierarchyKind, path_of_id
 from adoptd.jobs import CgroupFinding, CgroupVerdict, JobSession, JobsHere
 from adoptd.jobs.environment import processes_below
+from adoptd.jobs.slurm_adopt import Move, StepAdoptions
 from adoptd.jobs.slurm_conf import SlurmConf
-from adoptd.jobs.slurm_paths import NamedJob, SlurmPaths
+from adoptd.jobs.slurm_homes import Homes
+from adoptd.jobs.slurm_paths import NamedJob
 from adoptd.jobs.slurm_spool import STEP_MS, Heard, Silent, Spool, Step, Steps
-from adoptd.jobs.slurm_step import StepConnection, StepError, StepSilent
-from adoptd.jobs.slurm_turns import Turns
-from adoptd.jobs.slurm_wire import Namespace, Op, StepState, X11Display
-from adoptd.model import AdoptionFailed, Ambiguous, Job, JobFault, JobManagerError
+from adoptd.jobs.slurm_step import StepConnection, StepError
+from adoptd.jobs.slurm_wire import Namespace, StepState, X11Display
+from adoptd.model import Ambiguous, Job, JobFault, JobManagerError
 from adoptd.process import ProcessHandle
-
-# What a job whose step hangs leaves of a login's time, for the job that it may have to go into instead.
-_RESERVE_MS = 200.0
-# Whoever called waits no longer than the deadline either, and is to hear what was wrong.
-_REPORT_MS = 20.0
-
-# What a step has said of itself is believed so long, for an adoption over the same connection. Beyond it, as after a
-# wait for a turn, the job may have ended and come again.
-_HEARD_FOR_S = 0.05
 
 # As in the cgroup backend: one that is elsewhere at every look is not followed.
 _LOOKS_MAX = 3
 
 # One per slurmd on this host; the names come from root's PAM files.
 _NODE_NAMES_MAX = 16
-
-
-@dataclass(frozen=True)
-class _Move:
-    """A process that is to be put into a job, and what its session is to be given."""
-
-    process: ProcessHandle
-    job: Job
-    x11: bool = False
-    namespaces: bool = False
 
 
 class SlurmJobs:
@@ -80,7 +56,8 @@ class SlurmJobs:
         self._noted = noted
         self._proc_root = proc_root
         self._step_ms = step_ms
-        self._turns = Turns()
+        self._homes = Homes(conf, self._mounts)
+        self._adoptions = StepAdoptions(self._spool, self._homes, self._mounts)
         self._others: Dict[str, SlurmJobs] = {}
         self._others_lock = threading.Lock()
 
@@ -98,14 +75,14 @@ class SlurmJobs:
         """jobs_of(), and an adoption into one of them over the connection that its step was just asked on."""
         _check_time(deadline)
         with self._spool.asked(deadline, uid=uid) as (heard, silent):
-            _raise_for([each for each in silent if self._may_be_of(uid, each)])
+            _raise_for([each for each in silent if self._homes.may_be_of(uid, each.job_id)])
             mine = [each for each in heard if each.step.uid == uid]
             by_identity = {each.step.job.identity: each for each in mine}
 
             def adopt(process: ProcessHandle, job: Job, x11: bool, namespaces: bool, deadline: Deadline) -> JobSession:
                 # For one adoption: what follows one that has failed may be the answer to it.
                 asked = by_identity.pop(job.identity, None)
-                return self._adopt_for_session(_Move(process, job, x11, namespaces), deadline, asked)
+                return self._adopt_for_session(Move(process, job, x11, namespaces), deadline, asked)
 
             yield JobsHere(_newest_first([each.step for each in mine]), adopt)
 
@@ -131,7 +108,7 @@ class SlurmJobs:
         for _ in range(_LOOKS_MAX):
             if before is None:
                 return None
-            named = self._named(before)
+            named = self._homes.named(before)
             jobs = {job.identity: job for job in map(self._believed, named) if job is not None}
             after = self._mounts.membership(pid)
             if after == before:
@@ -153,7 +130,7 @@ class SlurmJobs:
             return CgroupVerdict(CgroupFinding.CANNOT_TELL, "no cgroup v2 hierarchy is mounted")
         path = path_of_id(unified, cgroup_id)
         if path is None:
-            finding = CgroupFinding.GONE if self._is_in_v2_alone() else CgroupFinding.CANNOT_TELL
+            finding = CgroupFinding.GONE if self._homes.are_in_v2_alone() else CgroupFinding.CANNOT_TELL
             return CgroupVerdict(finding, f"cgroup {cgroup_id} has been removed")
         if path == "/":
             return CgroupVerdict(CgroupFinding.CANNOT_TELL, "the root cgroup is where nothing has been moved")
@@ -165,20 +142,13 @@ class SlurmJobs:
                 holds = None if pid is None else self.contains(job, pid)
                 return CgroupVerdict(CgroupFinding.JOB, f"{path!r}", job, holds)
             return CgroupVerdict(CgroupFinding.CANNOT_TELL, f"{path!r} is of no job that has an extern step here")
-        if not self._is_in_v2_alone():
+        if not self._homes.are_in_v2_alone():
             return CgroupVerdict(CgroupFinding.CANNOT_TELL, "Slurm does not keep its jobs in cgroup v2 on this host")
         return CgroupVerdict(CgroupFinding.NO_JOB, f"{path!r} is in no job")
 
     def job_cgroups(self, where: Mapping[int, str]) -> Mapping[int, str]:
         """Of a process at ``where``, its job's cgroup by hierarchy: that of all its steps."""
-        paths = self._conf.settings().paths
-        found = {}
-        for each in self._mounts.hierarchies():
-            path = where.get(each.number, "")
-            if paths.parse(each.kind, path) is not None:
-                steps = (path[: match.start()] for match in re.finditer(r"/|$", path))
-                found[each.number] = next(step for step in steps if paths.parse(each.kind, step)).rpartition("/")[0]
-        return found
+        return self._homes.job_cgroups(where)
 
     def adopt(self, process: ProcessHandle, job: Job, deadline: Deadline) -> None:
         """Have the job's extern step take the process in, and read back that it is there. Raises AdoptionFailed.
@@ -187,42 +157,18 @@ class SlurmJobs:
         step has done by half cannot be undone by anybody else: the message then says where the process is.
         """
         with ExitStack() as held:
-            self._adopt(_Move(process, job), deadline, None, held)
+            self._adoptions.adopt(Move(process, job), deadline, None, held)
 
     def adopt_for_session(
         self, process: ProcessHandle, job: Job, x11: bool, namespaces: bool, deadline: Deadline
     ) -> JobSession:
         """adopt() and session() by one connection to the step: each takes a thread of its own there to serve it."""
-        return self._adopt_for_session(_Move(process, job, x11, namespaces), deadline, None)
+        return self._adopt_for_session(Move(process, job, x11, namespaces), deadline, None)
 
-    def _adopt_for_session(self, wanted: _Move, deadline: Deadline, heard: Optional[Heard]) -> JobSession:
+    def _adopt_for_session(self, wanted: Move, deadline: Deadline, heard: Optional[Heard]) -> JobSession:
         with ExitStack() as held:
-            connection = self._adopt(wanted, deadline, heard, held)
+            connection = self._adoptions.adopt(wanted, deadline, heard, held)
             return self._session(wanted.job, wanted.x11, wanted.namespaces, deadline, connection)
-
-    def _adopt(self, wanted: _Move, deadline: Deadline, heard: Optional[Heard], held: ExitStack) -> StepConnection:
-        """The connection, open as long as ``held`` is, with nothing outstanding but what is asked ahead.
-
-        ``heard``: the step as it was asked a moment ago, if it was. The turn ends with the adoption.
-        """
-        job, deadline = wanted.job, _sparing(deadline, _REPORT_MS)
-        # For a turn to the end: those before us in a storm are quick, and who meets a step that hangs gives up early.
-        with self._turns.of(job, deadline):
-            # Until the step has been asked to take the process in, giving up is safe: another job may have to be tried.
-            patience = _sparing(deadline, _RESERVE_MS)
-            self._turns.settle(job, patience)
-            try:
-                connection, step = _still_fresh(heard) or held.enter_context(self._spool.connected(job, patience))
-                try:
-                    self._adopt_through(connection, step, wanted, deadline)
-                except StepSilent:
-                    owed = connection.owed()
-                    if owed is not None:
-                        self._turns.owes(job, owed)
-                    raise
-                return connection
-            except (StepError, JobManagerError) as error:
-                raise AdoptionFailed(f"job {job.id} of uid {job.uid}: {error}", error.fault) from None
 
     def contains(self, job: Job, pid: int) -> bool:
         """Whether the process is in this very job, in every hierarchy that has it. Raises JobManagerError."""
@@ -237,16 +183,7 @@ class SlurmJobs:
             step = next((step for step in found.steps if _is_of(step, job)), None)
         if step is None:
             return False
-        mine = _names_of(job, step.sluid)
-        paths = self._conf.settings().paths
-        inside: List[Hierarchy] = []
-        outside: List[Hierarchy] = []
-        for each in self._mounts.hierarchies():
-            (inside if paths.parse(each.kind, where.get(each.number, "")) in mine else outside).append(each)
-        # Most of the time one look settles each: whether a hierarchy has the job's extern step at all.
-        return any(_is_home(paths, each, job, step.sluid) for each in inside) and not any(
-            _is_home(paths, each, job, step.sluid) for each in outside
-        )
+        return self._homes.hold(job, step.sluid, where)
 
     def session(self, job: Job, x11: bool, namespaces: bool, deadline: Deadline) -> JobSession:
         """SLURM_JOB_ID, as pam_slurm_adopt sets it, DISPLAY and XAUTHORITY, and the job's namespaces.
@@ -281,15 +218,10 @@ class SlurmJobs:
         found = self._spool.steps(deadline.earlier(self._step_ms), job_id=int(job.id))
         _raise_for(found.silent)
         step = next((step for step in found.steps if _is_of(step, job)), None)
-        paths = self._conf.settings().paths
-        for home in self._homes(job, step.sluid) if step is not None else ():
-            pids: List[int] = []
-            for extern in paths.extern_steps(home.kind, job.uid, int(job.id), step.sluid if step else None):
-                directory, _, own = (home.mount_point + extern).rpartition("/")
-                steps = (name for name in _entries(directory) if name.startswith("step_") and name != own)
-                pids += (pid for name in steps for pid in processes_below(f"{directory}/{name}", deadline))
+        for steps in self._homes.other_steps(job, step.sluid) if step is not None else ():
+            pids = tuple(pid for directory in steps for pid in processes_below(directory, deadline))
             if pids:
-                return tuple(pids)
+                return pids
         return ()
 
     def for_node(self, node_name: str) -> SlurmJobs:
@@ -330,110 +262,6 @@ class SlurmJobs:
         except StepError as error:
             raise JobManagerError(f"job {job.id}: {error}", error.fault) from None
 
-    def _adopt_through(self, connection: StepConnection, step: Step, wanted: _Move, deadline: Deadline) -> None:
-        """Raises AdoptionFailed, StepError, JobManagerError."""
-        process, job = wanted.process, wanted.job
-        if step.state is StepState.ENDING:
-            raise AdoptionFailed(f"job {job.id} is ending", JobFault.JOB_ENDED)
-        before = self._where(process)
-        looked_for = self._homes(job, step.sluid)
-        homes = list(itertools.islice(looked_for, 1))
-        if not homes:
-            # Then the step would say yes and move nothing: proctrack/linuxproc, proctrack/pgid.
-            text = f"job {job.id} has no cgroup here: ProctrackType=proctrack/cgroup is needed"
-            raise AdoptionFailed(text, JobFault.NO_CGROUP)
-        if not self._missing(job, step.sluid, homes, before):
-            homes += looked_for
-            if not self._missing(job, step.sluid, homes, before):
-                return
-        if deadline.expired:
-            # A move must not happen after its login was told that it failed.
-            raise AdoptionFailed(
-                f"process {process.pid} could not be put into job {job.id} in time", JobFault.OUT_OF_TIME
-            )
-        ahead = [Op.X11_DISPLAY] if wanted.x11 else []
-        ahead += [connection.op_of_namespaces] if wanted.namespaces else []
-        try:
-            connection.ask_to_add(process.pid, ahead)
-            # While the step is at it.
-            homes += looked_for
-            code, held = connection.added(deadline)
-            if code != 0:
-                text = f"the step of job {job.id} refuses process {process.pid}: error {code}"
-                raise AdoptionFailed(text, JobFault.STEP_REFUSES)
-            missing = self._missing(job, step.sluid, homes, self._where(process))
-            if missing:
-                text = f"the step of job {job.id} has not moved process {process.pid}: {missing}"
-                raise AdoptionFailed(text, JobFault.NOT_MOVED)
-            if not held:
-                text = f"the step of job {job.id} does not know process {process.pid}"
-                raise AdoptionFailed(text, JobFault.NOT_MOVED)
-        except (AdoptionFailed, JobManagerError) as error:
-            raise type(error)(f"{error}{self._stuck_in(process, before)}", error.fault) from None
-        except StepError as error:
-            raise type(error)(f"{error}{self._stuck_in(process, before)}") from None
-
-    def _where(self, process: ProcessHandle) -> Mapping[int, str]:
-        where = self._mounts.membership(process.pid)
-        # Asked after reading: while the pidfd says alive, the pid was this process's all along.
-        if where is None or not process.alive():
-            raise AdoptionFailed(f"process {process.pid} has exited", JobFault.PROCESS_GONE)
-        return where
-
-    def _stuck_in(self, process: ProcessHandle, before: Mapping[int, str]) -> str:
-        """For a message: the jobs' cgroups that the process is in now and was not before."""
-        try:
-            now = self._mounts.membership(process.pid) if process.alive() else None
-        except JobManagerError:
-            now = None
-        settings = self._conf.settings()
-        stuck = [
-            f"{now[each.number]} ({each.label})"
-            for each in self._mounts.hierarchies()
-            if now is not None
-            and now.get(each.number) != before.get(each.number)
-            and settings.paths.parse(each.kind, now.get(each.number, "")) is not None
-        ]
-        return f"; process {process.pid} is stuck in {', '.join(stuck)}" if stuck else ""
-
-    def _homes(self, job: Job, sluid: Optional[int]) -> Iterator[Hierarchy]:
-        """The hierarchies in which the job's extern step has a cgroup, looked for one by one. Raises JobManagerError
-        before the first."""
-        paths = self._conf.settings().paths
-        return (each for each in self._mounts.hierarchies() if _is_home(paths, each, job, sluid))
-
-    def _missing(self, job: Job, sluid: Optional[int], homes: Sequence[Hierarchy], where: Mapping[int, str]) -> str:
-        """In words, the hierarchies among ``homes`` in which a process at ``where`` is not in the job; or ""."""
-        paths = self._conf.settings().paths
-        mine = _names_of(job, sluid)
-        labels = [each.label for each in homes if paths.parse(each.kind, where.get(each.number, "")) not in mine]
-        return f"not in its cgroup of {', '.join(labels)}" if labels else ""
-
-    def _may_be_of(self, uid: int, silent: Silent) -> bool:
-        """Whether a step that has never said whose it is may be this user's: cgroup v1 names the owner too."""
-        paths = self._conf.settings().paths
-        owners: Set[str] = set()
-        for each in self._mounts.hierarchies():
-            for top in paths.tops(HierarchyKind.V1) if each.kind is HierarchyKind.V1 else ():
-                directory = each.mount_point + top
-                owners.update(
-                    name for name in _entries(directory) if os.path.isdir(f"{directory}/{name}/job_{silent.job_id}")
-                )
-        return not owners or f"uid_{uid}" in owners
-
-    def _is_in_v2_alone(self) -> bool:
-        homes = [each.kind for each in self._mounts.hierarchies() if self._holds_jobs(each)]
-        return HierarchyKind.V2 in homes and HierarchyKind.V1 not in homes
-
-    def _holds_jobs(self, hierarchy: Hierarchy) -> bool:
-        tops = self._conf.settings().paths.tops(hierarchy.kind)
-        return any(os.path.isdir(hierarchy.mount_point + top) for top in tops)
-
-    def _named(self, where: Mapping[int, str]) -> Set[NamedJob]:
-        paths = self._conf.settings().paths
-        found = (paths.parse(each.kind, where.get(each.number, "")) for each in self._mounts.hierarchies())
-        return {named for named in found if named is not None}
-
     def _believed(self, named: NamedJob) -> Optional[Job]:
         """The job of a path, if its extern step is here and says the same. Raises JobManagerError."""
         known = None if named.job_id is None else self._spool.remembered(named.job_id)
@@ -463,41 +291,8 @@ def _raise_for(silent: Sequence[Silent]) -> None:
         raise JobManagerError("; ".join(each.words for each in silent), silent[0].fault)
 
 
-def _sparing(deadline: Deadline, reserve_ms: float) -> Deadline:
-    """An earlier deadline: ``reserve_ms`` before it, or half of the time that is left if that is more."""
-    remaining_ms = deadline.remaining_s() * 1000.0
-    return deadline.earlier(max(remaining_ms - reserve_ms, remaining_ms / 2.0))
-
-
-def _still_fresh(heard: Optional[Heard]) -> Optional[Tuple[StepConnection, Step]]:
-    if heard is None or heard.connection is None or time.monotonic() - heard.at_s > _HEARD_FOR_S:
-        return None
-    return heard.connection, heard.step
-
-
-def _entries(directory: str) -> List[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:
-        return []
-
-
 def _is_of(step: Step, job: Job) -> bool:
     return (step.job.identity, step.uid) == (job.identity, job.uid)
-
-
-def _names_of(job: Job, sluid: Optional[int]) -> Tuple[NamedJob, ...]:
-    """What a path may call the job."""
-    number = int(job.id)
-    return NamedJob(number, None, job.uid), NamedJob(number, None, None), NamedJob(None, sluid, None)
-
-
-def _is_home(paths: SlurmPaths, hierarchy: Hierarchy, job: Job, sluid: Optional[int]) -> bool:
-    """Whether the job's extern step has a cgroup in the hierarchy."""
-    steps = paths.extern_steps(hierarchy.kind, job.uid, int(job.id), sluid)
-    # Twenty looks in each adoption, most of them in vain, and it is the exception that makes stat() slow. Nothing else
-    # than a cgroup has such a name there.
-    return any(os.access(hierarchy.mount_point + step, os.F_OK) for step in steps)
 
 
 def _newest_first(steps: List[Step]) -> Tuple[Job, ...]:
