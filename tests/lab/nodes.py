@@ -15,8 +15,7 @@ import signal
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import List, Optional, Tuple, Type
+from typing import List, Optional, Tuple
 
 from lab import etc_files, kernel
 from lab.cgroups import V2, Group
@@ -25,6 +24,7 @@ from lab.node import PYTHON, Node
 from lab.node_runner import SOURCE_IN_NODE, NodeSpec
 from lab.runs import cpu_group_of_run, group_of_run, new_run_id, remove_nodes, run_directory, write_state
 from lab.slurm_daemons import SlurmDaemons
+from lab.started import Started
 
 SOURCE_DIR = Path(__file__).resolve().parents[2]
 PAM_MODULE = f"{SOURCE_IN_NODE}/pam_hook/build/pam_adopt.so"
@@ -36,7 +36,7 @@ LOGIN_NUMBER = 200
 CPU_SHARES_OF_RUN = str(8 * 1024)
 
 
-class Cluster:
+class Cluster(Started):
     """Use as a context manager; entering brings everything up, leaving takes everything down.
 
     ``hide_v1`` makes nodes that see cgroup v2 only. With ``slurm`` there is a login node besides, and jobs are Slurm's.
@@ -72,19 +72,6 @@ class Cluster:
             self.group = Group(v2, self.group.path)
         self._switch: Optional[int] = None
         self._runners: List[subprocess.Popen[bytes]] = []
-
-    def __enter__(self) -> Cluster:
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
-    ) -> None:
-        self.close()
 
     def write_state(self, *, kept: bool = False) -> None:
         """Say who answers for this run, for `--down` and for whoever clears up after a crash."""

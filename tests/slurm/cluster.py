@@ -17,8 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Type
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from adoptd.jobs.slurm_conf import HostView, SlurmConf, SlurmOverrides
 from lab import kernel
@@ -34,6 +33,7 @@ from lab.slurm_files import (
     paths_conf,
     slurm_conf,
 )
+from lab.started import Started
 from lab.waiting import until
 from slurm.holder import ADDRESS
 
@@ -54,7 +54,7 @@ ALICE = User("alice", 60001)
 BOB = User("bob", 60002)
 
 
-class SlurmCluster:
+class SlurmCluster(Started):
     """Use as a context manager: up with entering, gone with leaving."""
 
     def __init__(self) -> None:
@@ -66,20 +66,6 @@ class SlurmCluster:
         self._group = _group(self.host)
         self._daemons: Dict[str, subprocess.Popen[bytes]] = {}
         self._holder: Optional[subprocess.Popen[bytes]] = None
-
-    def __enter__(self) -> SlurmCluster:
-        remove_dead_runs()
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
-    ) -> None:
-        self.close()
 
     def conf(self) -> SlurmConf:
         """What an agent on this node would go by: found from slurm.conf and the host's name alone."""
@@ -163,6 +149,7 @@ class SlurmCluster:
         remove_run(self.host)
 
     def _start(self) -> None:
+        remove_dead_runs()
         etc = self.run_dir / "etc"
         etc.mkdir(parents=True)
         (self.run_dir / "owner").write_text(f"{os.getpid()} {kernel.start_time_ticks(os.getpid())}")

@@ -16,7 +16,7 @@ from test_adoption import Node
 from adoptd.model import ProtocolError, Witness
 from adoptd.policy import Action, Options, Situation, Step
 from adoptd.sessions import PendingLogins, Settlement, Story
-from adoptd.sessions.settled import Login, decode_login, encode_login
+from adoptd.sessions.settled import PendingLogin, decode_login, encode_login
 from adoptd.sessions.store import SessionStore, StoreError
 from adoptd.wire.pam import Verdict
 
@@ -27,7 +27,7 @@ STORY = Story("1f2e3d4c", 12.5, "newest", ("18", "17"), (("jobs_here", "18, 17\x
 ADOPTED = Settlement(Step.SUCCEED, Situation.NAMED, job("17", created=3, identity=(8, 1 << 63)), Witness.BPF, STORY)
 UNKNOWN = Settlement(Step.DENY, Situation.UNKNOWN, None, None)
 REFUSING = Options(action_unknown=Action.DENY)
-LOGIN = Login(ALICE, connection(1), 1600.0, ADOPTED)
+LOGIN = PendingLogin(ALICE, connection(1), 1600.0, ADOPTED)
 
 
 def now() -> float:

@@ -19,10 +19,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Dict, List, Optional, Type
+from typing import Any, Dict, List, Optional
 
 from lab import kernel
+from lab.started import Started
 from vm.image import Image
 
 MEMORY_MB = 3072
@@ -45,7 +45,7 @@ class Done:
     err: str
 
 
-class Machine:
+class Machine(Started):
     """Use as a context manager: entering starts it and waits until it answers, leaving ends it."""
 
     def __init__(self, image: Image, within: Path) -> None:
@@ -54,19 +54,6 @@ class Machine:
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._socket: Optional[socket.socket] = None
         self._buffer = b""
-
-    def __enter__(self) -> Machine:
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
-    ) -> None:
-        self.close()
 
     def _start(self) -> None:
         port = self._directory / "agent"

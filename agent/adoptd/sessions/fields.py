@@ -6,10 +6,12 @@ kept.py and settled.py.
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, FrozenSet, List, Optional, Tuple
 
 from adoptd.model import JOB_ID_MAX, UID_MAX, Connection, Endpoint, Job, ProtocolError, Witness, is_job_id
-from adoptd.wire.strict_json import Fields
+from adoptd.wire.strict_json import Fields, decode_object
+
+VERSION = 1
 
 # Name, what was found, milliseconds from the start of the login's first decision.
 Stages = Tuple[Tuple[str, str, float], ...]
@@ -42,6 +44,16 @@ def encode_connection(connection: Connection) -> List[str]:
 def encode_stages(stages: Stages) -> List[object]:
     """The last ones for a file, each cut to what is read back."""
     return [[name[:NAME_MAX], found[:_FOUND_MAX], at_ms] for name, found, at_ms in stages[-_STAGES_MAX:]]
+
+
+def opened(data: bytes, keys: FrozenSet[str], what: str, boot_id: str) -> Tuple[Dict[str, object], Fields]:
+    """The object in a file, with exactly these keys: version and boot are as they should be. Raises ProtocolError."""
+    value = decode_object(data, what)
+    fields = Fields(value, keys, what)
+    fields.integer("v", VERSION, VERSION)
+    if fields.text("boot_id", 64) != boot_id:
+        raise ProtocolError(f"{what}: is of another boot")
+    return value, fields
 
 
 def job_of(value: object) -> Job:

@@ -14,6 +14,7 @@ from adoptd.model import PID_MAX, UID_MAX, Connection, Job, ProtocolError, Witne
 from adoptd.sessions.fields import (
     NAME_MAX,
     U64_MAX,
+    VERSION,
     Stages,
     connection_of,
     encode_connection,
@@ -21,13 +22,12 @@ from adoptd.sessions.fields import (
     encode_stages,
     job_of,
     number_of,
+    opened,
     stages_of,
     text_of,
     witness_of,
 )
-from adoptd.wire.strict_json import Fields, decode_object, encode_object
-
-VERSION = 1
+from adoptd.wire.strict_json import encode_object
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,7 @@ _KEYS = frozenset(
 
 def decode_session(data: bytes, name: str, boot_id: str) -> Session:
     """The session in the file ``name``, which is its id. Raises ProtocolError, also if it is of another boot."""
-    value = decode_object(data, "session")
-    fields = Fields(value, _KEYS, "session")
-    fields.integer("v", VERSION, VERSION)
-    if fields.text("boot_id", 64) != boot_id:
-        raise ProtocolError("session: is of another boot")
+    value, fields = opened(data, _KEYS, "session", boot_id)
     pid, start_ticks = fields.integer("pid", 1, PID_MAX), fields.integer("start_ticks", 0, U64_MAX)
     if name != session_id(pid, start_ticks):
         raise ProtocolError(f"session: is {session_id(pid, start_ticks)}, expected what its file is called")

@@ -15,7 +15,7 @@ from typing import Callable, Dict, Optional, Tuple
 
 from adoptd import log
 from adoptd.model import Connection, ProtocolError
-from adoptd.sessions.settled import Login, Settlement, decode_login, encode_login
+from adoptd.sessions.settled import PendingLogin, Settlement, decode_login, encode_login
 from adoptd.sessions.store import SessionStore, StoreError, boot_id
 
 # sshd gives a login 120 s (LoginGraceTime) between its connection and its session; sites raise it for
@@ -40,9 +40,9 @@ class PendingLogins:
         self._capacity = capacity
         self._store = store
         self._boot_id = "" if store is None else boot_id()
-        self._entries: OrderedDict[Tuple[int, Connection], Login] = OrderedDict()
+        self._entries: OrderedDict[Tuple[int, Connection], PendingLogin] = OrderedDict()
         # What is to become of files, by name, None: they go. As soon as nobody waits for it.
-        self._due: Dict[str, Optional[Login]] = {}
+        self._due: Dict[str, Optional[PendingLogin]] = {}
         self._unwritten = False
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class PendingLogins:
 
     def remember(self, uid: int, connection: Connection, settlement: Settlement) -> None:
         """Keep ``settlement`` in place of an earlier one of the same login. Its file is :meth:`write_due`'s."""
-        self._keep(Login(uid, connection, self._clock() + self._keep_s, settlement))
+        self._keep(PendingLogin(uid, connection, self._clock() + self._keep_s, settlement))
         self._drop_old()
 
     def take(self, uid: int, connection: Connection) -> Optional[Settlement]:
@@ -122,13 +122,13 @@ class PendingLogins:
             self._store.close()
             self._store = None
 
-    def _keep(self, login: Login) -> None:
+    def _keep(self, login: PendingLogin) -> None:
         key = login.uid, login.connection
         self._entries.pop(key, None)
         self._entries[key] = login
         self._owe(login.name, login)
 
-    def _owe(self, name: str, login: Optional[Login]) -> None:
+    def _owe(self, name: str, login: Optional[PendingLogin]) -> None:
         if self._store is not None:
             self._due[name] = login
 

@@ -14,6 +14,7 @@ from adoptd.model import JOB_ID_MAX, UID_MAX, Connection, Job, ProtocolError, Wi
 from adoptd.policy import Situation, Step
 from adoptd.sessions.fields import (
     NAME_MAX,
+    VERSION,
     Stages,
     connection_of,
     encode_connection,
@@ -21,13 +22,12 @@ from adoptd.sessions.fields import (
     encode_stages,
     job_of,
     number_of,
+    opened,
     stages_of,
     text_of,
     witness_of,
 )
-from adoptd.wire.strict_json import Fields, decode_object, encode_object
-
-VERSION = 1
+from adoptd.wire.strict_json import Fields, encode_object
 
 # Of a user with more jobs on one node, the newest.
 _CHOICES_MAX = 256
@@ -60,7 +60,7 @@ class Settlement:
 
 
 @dataclass(frozen=True)
-class Login:
+class PendingLogin:
     """A login between its phases. ``expires_at_s`` is monotonic: of no meaning after this boot."""
 
     uid: int
@@ -75,7 +75,7 @@ class Login:
         return f"{self.uid}-{hashlib.sha256(ends.encode()).hexdigest()[:32]}"
 
 
-def encode_login(login: Login, boot_id: str) -> bytes:
+def encode_login(login: PendingLogin, boot_id: str) -> bytes:
     """``login`` as a file of the boot ``boot_id``."""
     settlement, story = login.settlement, login.settlement.story
     return encode_object(
@@ -106,13 +106,9 @@ _KEYS = frozenset({"v", "boot_id", "uid", "connection", "expires_at_s", "step", 
 _STORY_KEYS = frozenset({"request_id", "began_s", "because", "choices", "stages"})
 
 
-def decode_login(data: bytes, name: str, boot_id: str) -> Login:
+def decode_login(data: bytes, name: str, boot_id: str) -> PendingLogin:
     """The login in the file ``name``. Raises ProtocolError, also if it is of another boot."""
-    value = decode_object(data, "login")
-    fields = Fields(value, _KEYS, "login")
-    fields.integer("v", VERSION, VERSION)
-    if fields.text("boot_id", 64) != boot_id:
-        raise ProtocolError("login: is of another boot")
+    value, fields = opened(data, _KEYS, "login", boot_id)
     uid = fields.integer("uid", 0, UID_MAX)
     connection = connection_of(value["connection"])
     if connection is None:
@@ -127,7 +123,7 @@ def decode_login(data: bytes, name: str, boot_id: str) -> Login:
     witness = witness_of(fields.optional_text("witness", 32))
     story = None if value["story"] is None else _story(value["story"])
     expires_at_s = number_of(value["expires_at_s"], "expires_at_s")
-    login = Login(uid, connection, expires_at_s, Settlement(step, situation, job, witness, story))
+    login = PendingLogin(uid, connection, expires_at_s, Settlement(step, situation, job, witness, story))
     if login.name != name:
         raise ProtocolError(f"login: is {login.name}, expected what its file is called")
     return login
