@@ -6,6 +6,11 @@ import threading
 from typing import Iterator
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes is the machine's affair: no test may fail of it.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_random_bytes_are_refused(key_file: Path, sealed: bytes) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_byte_anywhere_is_refused(key_file: Path, data: st.DataObject) -> None:
     """Header, claims and signature, each byte to each other value; what is left intact still opens."""
     node = Node(key_file)

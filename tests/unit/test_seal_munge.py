@@ -127,7 +127,7 @@ def credential_by_command(munged: Munged, payload: bytes, *options: str) -> byte
 
 
 @given(st.data())
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_byte_anywhere_is_refused(seal: MungeSeal, data: st.DataObject) -> None:
     """Every position to every other value; what is left intact still opens."""
     sealed = seal.seal(b"question")
@@ -139,7 +139,7 @@ def test_a_changed_byte_anywhere_is_refused(seal: MungeSeal, data: st.DataObject
 
 
 @given(st.binary(min_size=1, max_size=200))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_bytes_in_the_right_armour_are_refused(seal: MungeSeal, inner: bytes) -> None:
     """What only munged can tell, it tells, and it stays up."""
     assert fault_of(seal, b"MUNGE:" + base64.b64encode(inner) + b":") is SealFault.BAD_SEAL
@@ -344,7 +344,7 @@ def test_an_error_number_nobody_knows_is_a_bad_seal(seal: MungeSeal, monkeypatch
 
 
 @given(st.binary(min_size=1, max_size=PAYLOAD_MAX_BYTES))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_was_sealed_is_opened(seal: MungeSeal, payload: bytes) -> None:
     """Any bytes in, NULs included, the same bytes out, in a frame's room."""
     sealed = seal.seal(payload)

@@ -183,7 +183,7 @@ def test_a_header_that_is_not_as_it_must_be(key_file: Path, header: Dict[str, ob
 
 
 @given(st.data())
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_byte_anywhere_is_refused(key_file: Path, data: st.DataObject) -> None:
     """Header, claims and signature; what is left intact still opens."""
     node = Node(key_file)
@@ -322,7 +322,7 @@ def test_a_key_that_has_expired_seals_and_opens_nothing(tmp_path: Path) -> None:
 
 
 @given(st.binary(min_size=1, max_size=PAYLOAD_MAX_BYTES))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_was_sealed_is_opened(key_file: Path, payload: bytes) -> None:
     """Any bytes in, the same bytes out, in a frame's room."""
     sealed = Node(key_file).seal.seal(payload)
