@@ -5,22 +5,18 @@ Owns what is concluded from the kernel's tables of listeners. Called through the
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import os
-import socket
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, FrozenSet, Iterator, List, Optional, Tuple
+
+import psutil
 
 from adoptd.doctor.findings import Finding, Scene, failure, ok, warning
 from adoptd.model import IPAddress
 
 _LISTEN = "0A"
-# netdevice(7)
-_SIOCGIFFLAGS = 0x8913
-_IFF_UP = 0x1
 
 
 @dataclass(frozen=True)
@@ -88,13 +84,8 @@ def judge_loopback(up: Optional[bool]) -> Iterator[Finding]:
 
 
 def _is_up(device: str) -> Optional[bool]:
-    request = struct.pack("16sH14x", device.encode(), 0)
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            answer = fcntl.ioctl(sock, _SIOCGIFFLAGS, request)
-    except OSError:
-        return None
-    return bool(struct.unpack("16sH14x", answer)[1] & _IFF_UP)
+    found = psutil.net_if_stats().get(device)
+    return None if found is None else bool(found.isup)
 
 
 def _keeps(bound: IPAddress, wanted: IPAddress) -> bool:
