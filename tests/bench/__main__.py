@@ -1,4 +1,4 @@
-"""``./dev bench [--json] [--quick] [--only ROWS]``: measures, prints, compares with the numbers to reach.
+"""``./dev bench [--json] [--quick] [--only PART] [--connections N]``: measures, prints, compares with numbers to reach.
 
 Owns the command line and the output: a table, or one JSON document, on stdout, and all else on stderr. A part
 that cannot be measured here says why and does not take the others with it. Exit status 1 if one could not.
@@ -7,6 +7,7 @@ that cannot be measured here says why and does not take the others with it. Exit
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Callable, Dict, List, Mapping
 
 from bench import figures, goals, rows
 from bench.figures import Figure
-from bench.place import Place
+from bench.place import CONNECTIONS_MAX, Place
 from bench.rows import Plan
 
 PARTS: Mapping[str, Callable[[Place, Plan], rows.Figures]] = {
@@ -34,7 +35,19 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--quick", action="store_true", help="under a minute, with fewer cells; otherwise ten minutes")
     parser.add_argument("--only", action="append", choices=sorted(PARTS), help="this part only; may be repeated")
+    parser.add_argument(
+        "--connections",
+        type=int,
+        default=0,
+        metavar="N",
+        help="one more state of the node for callerid: with N connections more (500000 are a million sockets, 5 GB)",
+    )
     given = parser.parse_args()
+    if not 0 <= given.connections <= CONNECTIONS_MAX:
+        parser.error(f"--connections {given.connections}: expected 0 to {CONNECTIONS_MAX}")
+    plan = rows.QUICK if given.quick else Plan()
+    if given.connections:
+        plan = dataclasses.replace(plan, connections=(*plan.connections, given.connections))
     if os.geteuid() != 0:
         parser.error("needs root: namespaces, cgroups and BPF")
     # As an exception, so that everything is taken down on the way out.
@@ -48,7 +61,7 @@ def main() -> int:
         _say(f"the node is up{': ' + place.no_slurm if place.no_slurm else ', with Slurm'}")
         for name in given.only or PARTS:
             try:
-                for figure in PARTS[name](place, rows.QUICK if given.quick else Plan()):
+                for figure in PARTS[name](place, plan):
                     found.append(figure)
                     value = figure.missing or f"{figure.p50:.4g} {figure.unit}"
                     _say(f"{time.monotonic() - began:5.0f} s  {figure.what}, {figure.node}, {figure.who}: {value}")

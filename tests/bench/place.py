@@ -43,6 +43,8 @@ _PROGRAMS: Dict[str, Tuple[str, ...]] = {
 }
 # Of 20,000 descriptors a process may have, a connection to itself takes two.
 _CONNECTIONS_PER_PROCESS = 9000
+# Of 10 KB each, both ends together.
+CONNECTIONS_MAX = 1_000_000
 _READY_S = 60.0
 
 Process = subprocess.Popen  # the type needs a parameter that Python 3.8's did not have
