@@ -23,7 +23,7 @@ from adoptd.decision import Decision, Stage
 from adoptd.events import Event, EventKind, Events
 from adoptd.jobs import JobSession
 from adoptd.metrics import Metrics, Refusal
-from adoptd.model import AdoptdError, AdoptionFailed, ProtocolError
+from adoptd.model import AdoptdError, AdoptionFailed, OutOfDescriptors, ProtocolError
 from adoptd.policy import Step
 from adoptd.process import ProcessHandle, open_peer
 from adoptd.ration import Ration
@@ -91,6 +91,8 @@ class Handlers:
         deadline = Deadline.after_ms(max(request.timeout_ms - _REPLY_MARGIN_MS, request.timeout_ms / 2))
         try:
             process = open_peer(conversation.sock, caller.pid)
+        except OutOfDescriptors as error:
+            raise Refused(Refusal.UNAVAILABLE, str(error)) from None
         except AdoptionFailed as error:
             raise Refused(Refusal.PROCESS_GONE, str(error)) from None
         with process:

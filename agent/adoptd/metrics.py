@@ -75,7 +75,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
+        # By a name of our own: in a file for node_exporter, process_* would be taken for its own process.
+        ProcessCollector(namespace="adoptd", registry=self.registry)
 
         self.build_info = Gauge(
             "adoptd_build_info",

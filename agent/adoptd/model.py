@@ -99,6 +99,10 @@ class AdoptionFailed(AdoptdError):
         self.fault = fault
 
 
+class OutOfDescriptors(AdoptionFailed):
+    """The process cannot be held: this agent, or this host, has no descriptor or memory left for it."""
+
+
 class Witness(enum.Enum):
     """Who named the owner of a connection, most trusted first."""
 

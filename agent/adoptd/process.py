@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Optional, Type
 
-from adoptd.model import PID_MAX, AdoptionFailed
+from adoptd.model import PID_MAX, AdoptionFailed, OutOfDescriptors
 
 # Start times in /proc count USER_HZ ticks, 10 ms on every Linux since 2.6 (proc_pid_stat(5), sysconf(3)).
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -24,6 +24,8 @@ _STATE, _PPID, _SESSION, _FLAGS, _STARTTIME = 0, 4 - 3, 6 - 3, 9 - 3, 22 - 3
 # include/uapi/asm-generic/socket.h, Linux 6.5.
 _SO_PEERPIDFD = 77
 _STAT_MAX_BYTES = 4096
+# What pidfd_open(2) and getsockopt(2) say of us, and not of the process.
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 # include/linux/sched.h; the same bit since Linux 2.6.
 _PF_EXITING = 0x4
 # States of a task that has ended, and is only waited for or not yet taken off the list.
@@ -184,29 +186,35 @@ def open_peer(sock: socket.socket, pid: int) -> ProcessHandle:
     """Take hold of the process that connected the unix socket at the other end, ``pid`` by SO_PEERCRED.
 
     From Linux 6.5 the kernel gives the pidfd of that very process (SO_PEERPIDFD); before, the pid could have
-    passed to another between its connect() and this call. Raises AdoptionFailed if the process has exited.
+    passed to another between its connect() and this call. Raises AdoptionFailed if the process has exited, and
+    OutOfDescriptors.
     """
     try:
         pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError as error:
         if error.errno == errno.ENOPROTOOPT:
             return open_process(pid)
-        raise AdoptionFailed(f"process {pid} cannot be opened: {error.strerror}") from None
+        raise _not_opened(pid, error) from None
     return _hold(pid, pidfd, "/proc")
 
 
 def open_process(pid: int, proc_root: str = "/proc") -> ProcessHandle:
     """Take hold of the process (not a thread) that has ``pid`` now.
 
-    Raises AdoptionFailed naming the pid if there is none, or it exited while it was being opened.
+    Raises AdoptionFailed naming the pid if there is none, or it exited while it was being opened, and OutOfDescriptors.
     """
     if not 1 <= pid <= PID_MAX:
         raise AdoptionFailed(f"pid {pid} is not in 1..{PID_MAX}")
     try:
         pidfd = os.pidfd_open(pid)
     except OSError as error:
-        raise AdoptionFailed(f"process {pid} cannot be opened: {error.strerror}") from None
+        raise _not_opened(pid, error) from None
     return _hold(pid, pidfd, proc_root)
+
+
+def _not_opened(pid: int, error: OSError) -> AdoptionFailed:
+    kind = OutOfDescriptors if error.errno in _EXHAUSTED else AdoptionFailed
+    return kind(f"process {pid} cannot be opened: {error.strerror}")
 
 
 def _hold(pid: int, pidfd: int, proc_root: str) -> ProcessHandle:

@@ -12,7 +12,7 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Mapping, Optional
+from typing import Mapping, Optional, Set
 
 from adoptd import log, probe
 from adoptd.config import ProbeConfig
@@ -32,6 +32,9 @@ from adoptd.workers import OutOfTime, Overloaded, Workers
 # The loader's own limit of 60 s is what counts; this one only keeps a stuck loader from holding the watch for ever.
 LOAD_MS = 90_000.0
 SELF_TEST_MS = 5_000.0
+
+# Reasons for being without the probe that are said before it works again; more are variations of one.
+_REASONS_SAID = 8
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Watch:
         self._diag = DiagWitness()
         self._probe: Optional[OpenProbe] = None
         self._pins_fault: Optional[str] = None
+        # Why the probe could not be used, as it was said in the log since it last could.
+        self._said: Set[str] = set()
         self._conntrack = ConntrackWitness(self._bpf, (self._bpf, self._diag))
         self.witnesses = Witnesses([self._bpf, self._diag, self._conntrack, ProcWitness()])
         self._status = WatchStatus(
@@ -211,6 +216,7 @@ class Watch:
             self._lose(f"self-test failed: {error}", self_test=str(error))
             return False
         self._metrics.show_self_test(True)
+        self._said.clear()
         self._bpf.use(BpfWitness(opened))
         self._status = replace(
             self._status,
@@ -232,7 +238,9 @@ class Watch:
         self._status = replace(self._status, probe_reason=reason)
 
     def _lose(self, reason: str, self_test: Optional[str] = None) -> None:
-        if reason != self._status.probe_reason:
+        # A failed self-test and a load that fails after it take turns each interval; each is said once.
+        if reason not in self._said and len(self._said) < _REASONS_SAID:
+            self._said.add(reason)
             log.error("probe_unavailable", error=reason, effect="connections are looked up by the other witnesses")
         self._bpf.do_without(reason)
         self._status = replace(
@@ -240,8 +248,9 @@ class Watch:
             witnesses={**self._status.witnesses, Witness.BPF: reason},
             probe_attached=False,
             probe_reason=reason,
-            self_test=self_test,
-            self_test_at=None if self_test is None else time.monotonic(),
+            # What cannot be loaded leaves standing how the last self-test went.
+            self_test=self._status.self_test if self_test is None else self_test,
+            self_test_at=self._status.self_test_at if self_test is None else time.monotonic(),
         )
         self._publish()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from generate.parts import BLUE, GREEN, HALF, RED, THIRD, YELLOW, Row, graph, heat, number, rows
-from generate.queries import FLEET, GATE, NODE, OUTSIDE, quantile, ratio, total
+from generate.parts import BLUE, GREEN, RED, THIRD, YELLOW, Row, graph, heat, number, rows
+from generate.queries import FLEET, GATE, NODE, OUTSIDE, most, quantile, ratio, total
 
 # A login's whole budget by default is 1 s; half of it is late enough to look.
 _SLOW_S, _TOO_SLOW_S = 0.25, 0.5
+
+TARGETS = f'up{{{FLEET}, job="adoptd"}}'
 
 
 def fleet() -> Row:
@@ -14,10 +16,17 @@ def fleet() -> Row:
     return "Fleet: is anything wrong?", [
         number(
             "Agents up",
-            "Nodes whose agent answers Prometheus. Fewer than yesterday: look at the table of nodes below.",
+            "Nodes whose agent answers Prometheus.",
             "short",
             f"count(adoptd_build_info{{{FLEET}}})",
             [(None, RED), (1, GREEN)],
+        ),
+        number(
+            "Agents that do not answer",
+            "Nodes that Prometheus asks in vain: the node is down, or its agent. AdoptdDown below names them.",
+            "short",
+            f"count({TARGETS}) - sum({TARGETS})",
+            [(None, GREEN), (1, YELLOW), (3, RED)],
         ),
         number(
             "Logins per second",
@@ -48,13 +57,6 @@ def fleet() -> Row:
             [(None, GREEN), (0.5, YELLOW), (0.9, RED)],
         ),
         number(
-            "Without the probe",
-            "Nodes that answer without the BPF probe: by sock_diag and /proc, slower and for less.",
-            "short",
-            f"count(adoptd_probe_attached{{{FLEET}}} == 0)",
-            [(None, GREEN), (1, YELLOW)],
-        ),
-        number(
             "Login, 99th percentile",
             "How long the account phase held up 99 of 100 logins, all nodes.",
             "s",
@@ -62,27 +64,34 @@ def fleet() -> Row:
             [(None, GREEN), (_SLOW_S, YELLOW), (_TOO_SLOW_S, RED)],
         ),
         rows(
+            "Firing now",
+            "Every alert of adoptd's that fires, critical ones first: docs/runbook.md has a section for each. Empty is "
+            "good.",
+            "count by (severity, alertname, cluster, instance) "
+            f'(ALERTS{{{FLEET}, alertname=~"Adoptd.+", alertstate="firing"}})',
+            ("severity", "alertname", "cluster", "instance"),
+        ),
+        rows(
             "Nodes with most logins outside a job, last hour",
             "Where to look first. Empty is good.",
-            "short",
             f"topk(10, sum by (cluster, instance, reason) "
             f"(increase(adoptd_adoptions_total{{{FLEET}, {GATE}, {OUTSIDE}}}[1h])) > 0)",
-            width=THIRD,
+            ("cluster", "instance", "reason"),
+            "logins",
         ),
         rows(
             "Agents by release, probe and job manager",
-            "More than one release for long: an update stopped half-way.",
-            "short",
+            "More than one release for long: an update stopped half-way. Schema none: the probe is not loaded.",
             f"count by (version, kernel, bcc, schema, job_manager, cgroups) (adoptd_build_info{{{FLEET}}} "
             "* on (cluster, job, instance) group_left (bcc, schema, job_manager, cgroups) adoptd_host_info)",
-            width=THIRD,
+            ("version", "job_manager", "kernel", "cgroups", "bcc", "schema"),
+            "nodes",
         ),
         graph(
             "Source nodes that do not answer",
-            "Did not answer when last asked, within the last hour. `adoptctl status` on the node names them.",
+            "How many did not when this node last asked, within the last hour. `adoptctl status` there names them.",
             "short",
-            [(f"sum by (instance) (adoptd_callerid_unheard_peers{{{FLEET}}}) > 0", "{{instance}}")],
-            width=THIRD,
+            [(most(f"sum by (instance) (adoptd_callerid_unheard_peers{{{FLEET}}}) > 0"), "{{instance}}")],
         ),
     ]
 
@@ -153,18 +162,31 @@ def logins() -> Row:
         ),
         graph(
             "Faults of the job manager",
-            "What was wrong with it, by the stage that met it. worked_around: no login suffered.",
+            "By the stage that met it; worked_around: no login suffered. docs/faults.md has each of Slurm's.",
             "reqps",
             [(total("adoptd_job_faults_total", NODE, "stage, fault"), "{{stage}} {{fault}}")],
-            width=HALF,
+            width=THIRD,
             stacked=True,
         ),
         graph(
-            "Observe mode: agreement with what was done without us",
+            "Logins that got no answer, by reason",
+            "pam_adopt.so asked and was refused: action_generic_failure. They are in no other figure of this row.",
+            "reqps",
+            [(total("adoptd_messages_refused_total", f'{NODE}, socket="pam"', "reason"), "{{reason}}")],
+            width=THIRD,
+            stacked=True,
+        ),
+        graph(
+            "Observe mode: what we would have done",
             "Only where a PAM line says mode=observe. Each disagreement is to be understood before enforcing.",
             "reqps",
-            [(total("adoptd_observed_total", NODE, "agreement, found, would"), "{{agreement}}: {{would}}, {{found}}")],
-            width=HALF,
+            [
+                (
+                    f"{total('adoptd_observed_total', NODE, 'agreement, found, would')} > 0",
+                    "{{agreement}}: found in {{found}}, would {{would}}",
+                )
+            ],
+            width=THIRD,
             stacked=True,
         ),
     ]

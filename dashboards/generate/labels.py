@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from typing import Dict, FrozenSet, Iterable, Mapping, Tuple, Type
 
-from prometheus_client import Histogram
+from prometheus_client import Counter, Histogram
 from prometheus_client.core import Metric
 
 from adoptd.callerid import AnswerStage, AskFault
@@ -82,15 +82,25 @@ def families() -> Dict[str, Metric]:
     for pool in Pool:
         metrics.watch_queue(pool, lambda: 0)
     found = {family.name: family for family in metrics.registry.collect()}
-    return {name: family for name, family in sorted(found.items()) if name.startswith("adoptd_")}
+    return {name: family for name, family in sorted(found.items()) if not name.startswith("adoptd_process_")}
 
 
 def series_at_most(name: str, family: Metric) -> int:
-    """How many series a family can have; of a histogram, each bucket is one, and the sum and the count."""
+    """How many series a family can have; of a histogram, each bucket is one, and the sum and the count.
+
+    What prometheus-client counts has one more, with the time at which it began to (``_created``).
+    """
     each = 1
     for values in CLOSED.get(name, {}).values():
         each *= len(values)
-    return each * (_buckets(name) + 2) if family.type == "histogram" else each
+    if family.type == "histogram":
+        return each * (_buckets(name) + 3)
+    return each * 2 if has_created(name) else each
+
+
+def has_created(name: str) -> bool:
+    """Whether prometheus-client exports the time at which this metric's count began."""
+    return any(isinstance(each, (Counter, Histogram)) and each._name == name for each in vars(Metrics()).values())
 
 
 def samples_of(name: str, family: Metric) -> Iterable[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from generate.parts import HALF, QUARTER, THIRD, Row, graph, states
-from generate.queries import DISBELIEVED, NODE, UNHEARD, quantile, total
+from generate.queries import DISBELIEVED, NODE, UNHEARD, UNSEALED, most, quantile, rate, total
+
+_RELOADED = f"adoptd_config_last_reload_success{{{NODE}}}"
 
 
 def callerid() -> Row:
@@ -19,17 +21,16 @@ def callerid() -> Row:
         ),
         graph(
             "Questions without an answer, by reason",
-            "timeout: packets are dropped (a firewall should reject). refused: no agent. closed: overloaded.",
+            "timeout: packets are dropped (a firewall should reject). refused: no agent. closed: it does not believe "
+            "our seal, or has none. seal_unavailable: we have none.",
             "reqps",
-            [
-                (total("adoptd_callerid_asked_total", f'{NODE}, reason=~"{UNHEARD}"', "reason"), "{{reason}}"),
-            ],
+            [(total("adoptd_callerid_asked_total", f'{NODE}, reason=~"{UNHEARD}|{UNSEALED}"', "reason"), "{{reason}}")],
             width=QUARTER,
             stacked=True,
         ),
         graph(
             "Answers not believed, by reason",
-            "bad_seal: keys or clocks differ, or somebody answers in an agent's place. The others should never happen.",
+            "Somebody answers in an agent's place, or an address leads to another host. It should never happen.",
             "reqps",
             [(total("adoptd_callerid_asked_total", f'{NODE}, reason=~"{DISBELIEVED}"', "reason"), "{{reason}}")],
             width=QUARTER,
@@ -103,15 +104,18 @@ def sessions() -> Row:
             "Sessions now",
             "Adopted sessions that are still running.",
             "short",
-            [(f"sum by (instance) (adoptd_sessions{{{NODE}}})", "{{instance}}")],
+            [
+                (f"sum (adoptd_sessions{{{NODE}}})", "all nodes"),
+                (most(f"sum by (instance) (adoptd_sessions{{{NODE}}})"), "{{instance}}"),
+            ],
             width=THIRD,
-            stacked=True,
         ),
         graph(
             "Escapes, by who moved it and what was done",
-            "A session's process left its job's cgroup. systemd: pam_systemd runs after pam_adopt; put it before.",
+            "A session's process left its job's cgroup. systemd: pam_systemd runs after pam_adopt; put it before. "
+            "Empty is good.",
             "reqps",
-            [(total("adoptd_escapes_total", NODE, "mover, outcome"), "{{mover}} {{outcome}}")],
+            [(f"{total('adoptd_escapes_total', NODE, 'mover, outcome')} > 0", "{{mover}} {{outcome}}")],
             width=THIRD,
             stacked=True,
         ),
@@ -130,11 +134,15 @@ def probe() -> Row:
     """The sources of knowledge about connections."""
     return "Witnesses: can connections be attributed?", [
         states(
-            "Witnesses",
-            "Which sources of knowledge about connections can be asked on the chosen nodes.",
+            "Witnesses that could not be asked",
+            "Sources of knowledge about connections, where one was missing in the time shown. conntrack is left out: "
+            "most nodes translate no addresses. Empty is good.",
             [
-                (f"min by (instance, witness) (adoptd_witness_up{{{NODE}}})", "{{instance}} {{witness}}"),
-                (f"min by (instance) (adoptd_session_watch_attached{{{NODE}}})", "{{instance}} escapes seen at once"),
+                (
+                    _missed("adoptd_witness_up", f'{NODE}, witness!="conntrack"', "instance, witness"),
+                    "{{instance}} {{witness}}",
+                ),
+                (_missed("adoptd_session_watch_attached", NODE, "instance"), "{{instance}} moves told"),
             ],
             width=QUARTER,
         ),
@@ -142,23 +150,22 @@ def probe() -> Row:
             "Events inside BPF",
             "storage_refused: a user's sockets carry no label; the next witness finds them.",
             "cps",
-            [(total("adoptd_probe_events_total", NODE, "kind"), "{{kind}}")],
+            [(f"{total('adoptd_probe_events_total', NODE, 'kind')} > 0", "{{kind}}")],
             width=QUARTER,
         ),
         graph(
             "Since the last self-test",
             "The agent connects to itself and looks itself up. Older than a few minutes: the agent is stuck.",
             "s",
-            [(f"time() - adoptd_probe_self_test_timestamp_seconds{{{NODE}}}", "{{instance}}")],
+            [(most(f"time() - adoptd_probe_self_test_timestamp_seconds{{{NODE}}}"), "{{instance}}")],
             width=QUARTER,
         ),
         graph(
             "Connections noted",
             "Whose job was noted as they were made, for when their owner has ended. 0 where jobs are on cgroup v2.",
             "short",
-            [(f"sum by (instance) (adoptd_connection_notes{{{NODE}}})", "{{instance}}")],
+            [(most(f"sum by (instance) (adoptd_connection_notes{{{NODE}}})"), "{{instance}}")],
             width=QUARTER,
-            stacked=True,
         ),
     ]
 
@@ -177,7 +184,7 @@ def agent() -> Row:
             width=QUARTER,
         ),
         graph(
-            "Share of the login's budget used, 99th percentile",
+            "Login budget used, 99th percentile",
             "1 is the PAM line's timeout_ms: such logins get action_generic_failure.",
             "percentunit",
             [(quantile(0.99, "adoptd_adoption_budget_used_ratio", NODE, "phase"), "{{phase}}")],
@@ -185,39 +192,36 @@ def agent() -> Row:
         ),
         graph(
             "Resident memory",
-            "About 30 MB. Growing for days is a leak.",
+            "Of the agents that have most. About 30 MB; growing for days is a leak.",
             "bytes",
-            [(f"process_resident_memory_bytes{{{NODE}}} and on (instance) adoptd_build_info", "{{instance}}")],
+            [(most(f"adoptd_process_resident_memory_bytes{{{NODE}}}"), "{{instance}}")],
             width=QUARTER,
         ),
         graph(
             "Processor time",
-            "Of one core. Idle it is below 0.1 %.",
+            "Of one core, of the agents that use most. Idle it is below 0.1 %.",
             "percentunit",
-            [
-                (
-                    f"rate(process_cpu_seconds_total{{{NODE}}}[$__rate_interval]) and on (instance) adoptd_build_info",
-                    "{{instance}}",
-                )
-            ],
+            [(most(rate("adoptd_process_cpu_seconds_total", NODE)), "{{instance}}")],
             width=QUARTER,
         ),
-        states(
-            "Configuration read without error",
-            "down: a reload failed, and the configuration before is still in force.",
-            [(f"adoptd_config_last_reload_success{{{NODE}}}", "{{instance}}")],
+        graph(
+            "Nodes with an old configuration",
+            "A reload failed there, and the configuration before is still in force. AdoptdReloadFailed names them.",
+            "short",
+            [(f"count({_RELOADED}) - sum({_RELOADED})", "nodes")],
             width=HALF,
         ),
         graph(
             "Starts in the last hour",
             "The agent's process is new. More than one or two: it is being restarted by the watchdog or it crashes.",
             "short",
-            [
-                (
-                    f"changes(process_start_time_seconds{{{NODE}}}[1h]) and on (instance) adoptd_build_info",
-                    "{{instance}}",
-                )
-            ],
+            [(most(f"changes(adoptd_process_start_time_seconds{{{NODE}}}[1h])"), "{{instance}}")],
             width=HALF,
         ),
     ]
+
+
+def _missed(metric: str, where: str, by: str) -> str:
+    """1 and 0 of those that were 0 at any time shown."""
+    named = f"{metric}{{{where}}}"
+    return f"min by ({by}) ({named}) and min by ({by}) (min_over_time({named}[$__range])) == 0"

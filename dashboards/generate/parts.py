@@ -133,16 +133,23 @@ def states(title: str, description: str, queries: Sequence[Query], *, width: int
     return panel
 
 
-def rows(title: str, description: str, unit: str, query: str, *, width: int = HALF) -> table.Panel:
-    """The present values of one query, one row each, its labels as columns."""
-    hidden = {"Time": True, "__name__": True, "job": True}
-    return (
-        _with(table.Panel(), title, description, unit, width, ROW_HEIGHT)
+def rows(
+    title: str, description: str, query: str, columns: Sequence[str], value: str = "", *, width: int = HALF
+) -> table.Panel:
+    """The present values of one query, one row each: the labels named as columns, then what the value is (if said)."""
+    names = [*columns, "Value"]
+    hidden = dict.fromkeys(("Time", "__name__", "job", *([] if value else ["Value"])), True)
+    placed = {name: index for index, name in enumerate(names)}
+    options = {"excludeByName": hidden, "indexByName": placed, "renameByName": {"Value": value} if value else {}}
+    panel = (
+        _with(table.Panel(), title, description, "short", width, ROW_HEIGHT)
+        .decimals(0)
         .no_value("none")
         .with_target(_target((query, ""), 0).instant().format(prometheus_models.PromQueryFormat.TABLE))
-        .with_transformation(models.DataTransformerConfig(id_val="organize", options={"excludeByName": hidden}))
-        .sort_by([common.TableSortByFieldState().display_name("Value").desc(True)])
+        .with_transformation(models.DataTransformerConfig(id_val="organize", options=options))
     )
+    order = common.TableSortByFieldState()
+    return panel.sort_by([order.display_name(value).desc(True) if value else order.display_name(columns[0])])
 
 
 def heat(title: str, description: str, unit: str, query: str, *, width: int = HALF) -> heatmap.Panel:

@@ -23,8 +23,20 @@ OUTSIDE = 'outcome=~"allowed|ignored", reason=~"generic_failure|adopt_failure|un
 
 # Why a source node's answer was not heard, apart from an answer that says "unknown".
 UNHEARD = "refused|unreachable|timeout|closed"
-# What a source node said was not believed: another key, another clock, or somebody in between.
+# What a source node said was not believed: it is no agent of the site's that answers.
 DISBELIEVED = "malformed|bad_seal|sealed_by_other|wrong_nonce|wrong_connection|wrong_host"
+
+
+# Nothing to seal with: nobody was asked.
+UNSEALED = "seal_unavailable"
+
+# As many lines as can be told apart, where each node has one.
+MOST = 10
+
+
+def most(expression: str) -> str:
+    """Of one line for each node, the highest."""
+    return f"topk({MOST}, {expression})"
 
 
 def rate(metric: str, where: str, window: str = RATE) -> str:

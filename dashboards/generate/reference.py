@@ -16,7 +16,8 @@ not at all, into a directory that only root can write to; `node_exporter --colle
 
 Names and labels are an interface. Times are seconds, ratios 0 to 1, counters end in `_total`. No label holds a user,
 a job, a pid or an address: the values below are all there are. A series appears with its first event, except where
-its absence would be taken for "never": what is unknown is absent, not zero.
+its absence would be taken for "never": what is unknown is absent, not zero. Beside each series of a counter, and each
+set of a histogram's, prometheus-client exports when it began, as `..._created` (Unix time); it is counted below.
 
 Where the scraper asks for OpenMetrics, logins carry exemplars with `request_id`: the same id is in the log, in
 `adoptctl watch` and in the denial that the user sees.
@@ -45,8 +46,9 @@ def reference() -> str:
     lines += [
         "## How many series",
         "",
-        f"At most {total} from the agent itself: every combination of labels counted, most of which cannot occur. An",
-        "agent in use has about two hundred. prometheus-client's own `process_*` come on top.",
+        f"At most {total} from the agent itself: every combination of labels counted, most of which cannot occur.",
+        "Measured: about 140 after its start, 200 to 400 in use, the more the more has gone wrong; a fifth of them are",
+        "`_created`. prometheus-client's six `adoptd_process_*` come on top.",
         "",
     ]
     return "\n".join(lines)

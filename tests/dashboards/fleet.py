@@ -1,7 +1,8 @@
 """A fleet to look at: three nodes with agents, a real Prometheus that scrapes them, and traffic of every kind.
 
 Owns the bringing up, the traffic, and the asking of Prometheus through its HTTP API. The second node's agent has no
-probe, so that something is degraded; the third observes. Called by the live test and by the preview.
+probe, so that something is degraded; the third observes. Called by the live test and by the preview; Prometheus and
+the impostor also by the fleet in which every alert is provoked.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import yaml
 
+from adoptd.wire.pam import REQUEST_BYTES
 from dashboards.board_file import DASHBOARDS
 from lab.etc_files import ALICE, BOB
 from lab.lab import Lab
@@ -26,6 +28,7 @@ from lab.waiting import until
 
 SCRAPE_S = 1
 PORT = 9090
+RULE_FILES = ("rules.yml", "alerts.yml")
 _PYTHON = "/usr/bin/python3"
 
 # Run inside the node: its network is not this process's. One request for each line, one reply for each.
@@ -53,6 +56,11 @@ while True:
 """
 
 
+def as_committed(name: str) -> str:
+    """One of RULE_FILES."""
+    return (DASHBOARDS / name).read_text(encoding="utf-8")
+
+
 class Prometheus:
     """Debian's, in one of the nodes."""
 
@@ -60,18 +68,20 @@ class Prometheus:
         self._node = node
         self._directory = directory
 
-    def start(self, targets: Sequence[str]) -> None:
-        """Start it, and wait until it has scraped every target. Raises TimeoutError."""
+    def start(self, targets: Mapping[str, Sequence[str]], rules: Callable[[str], str] = as_committed) -> None:
+        """Start it, and wait until it has scraped every target. Raises TimeoutError.
+
+        ``targets`` are addresses by cluster; ``rules`` gives the text of each file of rules.
+        """
         assert shutil.which("prometheus"), "prometheus is missing: install Debian's package"
         node, directory = self._node, self._directory
         node.path(directory).mkdir()
-        for name in ("rules.yml", "alerts.yml"):
-            text = (DASHBOARDS / name).read_text(encoding="utf-8")
-            node.write(f"{directory}/{name}", text)
-        static = [{"targets": list(targets), "labels": {"cluster": "lab"}}]
+        for name in RULE_FILES:
+            node.write(f"{directory}/{name}", rules(name))
+        static = [{"targets": list(each), "labels": {"cluster": cluster}} for cluster, each in targets.items()]
         settings = {
             "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"},
-            "rule_files": ["rules.yml", "alerts.yml"],
+            "rule_files": list(RULE_FILES),
             "scrape_configs": [{"job_name": "adoptd", "static_configs": static}],
         }
         node.write(f"{directory}/prometheus.yml", yaml.safe_dump(settings))
@@ -80,7 +90,8 @@ class Prometheus:
         node.start_daemon(
             "prometheus", ["/usr/bin/prometheus", f"--config.file={directory}/prometheus.yml", *storage, *listen]
         )
-        until(lambda: self._scraped(len(targets)), "Prometheus has scraped every agent", 30)
+        count = sum(len(each) for each in targets.values())
+        until(lambda: self._scraped(count), "Prometheus has scraped every agent", 30)
 
     def _scraped(self, count: int) -> bool:
         try:
@@ -130,7 +141,7 @@ def fleet() -> Iterator[Fleet]:
             settings.enter_context(lab.agent_settings(node, text))
         prometheus = Prometheus(cluster.nodes[0], "/run/prometheus")
         settings.callback(cluster.nodes[0].kill, "prometheus")
-        prometheus.start([f"{node.ipv4}:9830" for node in cluster.nodes])
+        prometheus.start({"lab": [f"{node.ipv4}:9830" for node in cluster.nodes]})
         yield Fleet(lab, prometheus, time.time())
 
 
@@ -167,14 +178,14 @@ def _faults(lab: Lab) -> None:
     # Only the first node's agent is ever down here: another's counters would begin again.
     with lab.jobs(2), lab.agent_down(lab.first):
         lab.login()
-        with _impostor(lab.first):
+        with impostor(lab.first):
             lab.login()
 
 
 @contextlib.contextmanager
-def _impostor(node: Node) -> Iterator[None]:
-    """Somebody who answers in the agent's place, and has no key: a well-formed frame, sealed with nothing."""
-    node.start_daemon("impostor", [_PYTHON, "-c", _IMPOSTOR])
+def impostor(node: Node) -> Iterator[None]:
+    """A user who answers in the agent's place, and has no key: a well-formed frame, sealed with nothing."""
+    node.start_daemon("impostor", [_PYTHON, "-c", _IMPOSTOR], user=ALICE)
     try:
         until(lambda: ":6830" in node.run(["ss", "-Hltn"]), "the impostor listens", 10)
         yield
@@ -213,6 +224,12 @@ def _hostile(lab: Lab) -> None:
         "asked.sendall(b'\\0\\0\\0\\5hello'); asked.recv(1)"
     )
     lab.first.run([_PYTHON, "-c", garbage, lab.second.ipv4])
+    # As a pam_adopt.so of another release would be: the record says of which it is.
+    record = (
+        "import socket; asked = socket.socket(socket.AF_UNIX); asked.connect('/run/adoptd/pam.sock');"
+        f"asked.sendall(bytes({REQUEST_BYTES})); asked.recv(1)"
+    )
+    lab.second.run([_PYTHON, "-c", record])
     lab.login(user=BOB)
 
 

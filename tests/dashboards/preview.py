@@ -30,6 +30,8 @@ _COLOURS = (
     "#508642",
     "#cca300",
 )
+# As Grafana has them in its dark theme.
+_NAMED = {"green": "#73bf69", "yellow": "#fade2a", "red": "#f2495c", "blue": "#5794f2"}
 
 _STYLE = """
 body { background: #111217; color: #ccccdc; font: 13px/1.35 system-ui, sans-serif; margin: 12px; width: 1320px }
@@ -94,7 +96,7 @@ def page(up: Fleet) -> str:
 def _body(up: Fleet, panel: Panel, since_s: float, until_s: float, size: Tuple[int, int]) -> str:
     expressions = [filled_in(expression) for expression, _ in panel.targets]
     if panel.kind == "table":
-        return _table(up.prometheus.query(expressions)[0], panel.unit)
+        return _table(up.prometheus.query(expressions)[0], panel)
     results = up.prometheus.query_range(expressions, since_s, until_s)
     series: List[Series] = []
     for (_, legend), found in zip(panel.targets, results):
@@ -103,8 +105,11 @@ def _body(up: Fleet, panel: Panel, since_s: float, until_s: float, size: Tuple[i
             if points:
                 series.append((_named(legend, each["metric"]), points))
     if panel.kind == "stat":
-        text = shown(series[0][1][-1][1], panel.unit) if series else "none"
-        return f'<div class="number">{text}</div>'
+        if not series:
+            return '<div class="number">none</div>'
+        value = series[0][1][-1][1]
+        colour = [name for least, name in panel.steps if least is None or value >= least][-1]
+        return f'<div class="number" style="color:{_NAMED[colour]}">{shown(value, panel.unit)}</div>'
     if panel.kind == "state-timeline":
         return _states(series, (since_s, until_s), size)
     if panel.kind == "heatmap":
@@ -179,18 +184,20 @@ def _heat(series: Sequence[Series], span: Tuple[float, float], size: Tuple[int, 
     return f'<svg width="{size[0]}" height="{size[1]}">{"".join(cells)}</svg>'
 
 
-def _table(found: Sequence[Dict[str, Any]], unit: str) -> str:
+def _table(found: Sequence[Dict[str, Any]], panel: Panel) -> str:
     if not found:
         return '<div class="number">none</div>'
-    names = sorted({label for each in found for label in each["metric"]} - {"__name__", "job"})
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    cells = [{**each["metric"], "Value": f"{float(each['value'][1]):.0f}"} for each in found]
+    if "Value" in panel.columns:
+        cells.sort(key=lambda row: -float(row["Value"]))
+    else:
+        cells.sort(key=lambda row: [row.get(name, "") for name in panel.columns])
+    head = "".join(f"<th>{html.escape(panel.renamed.get(name, name))}</th>" for name in panel.columns)
     rows = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(each['metric'].get(name, ''))}</td>" for name in names)
-        + f"<td>{shown(float(each['value'][1]), unit)}</td></tr>"
-        for each in sorted(found, key=lambda each: -float(each["value"][1]))
+        "<tr>" + "".join(f"<td>{html.escape(row.get(name, ''))}</td>" for name in panel.columns) + "</tr>"
+        for row in cells
     )
-    return f"<table><tr>{head}<th>Value</th></tr>{rows}</table>"
+    return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 def main() -> int:

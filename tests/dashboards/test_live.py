@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Iterator, List, Tuple
 
@@ -86,7 +87,9 @@ def test_what_is_wrong_in_the_fleet_is_alerted_on(up: Fleet) -> None:
 
 
 def test_no_more_series_than_are_documented(up: Fleet) -> None:
-    """An agent in use has about two hundred (docs/metrics.md)."""
+    """An agent in use: the second node's, which meets everything that the traffic has."""
+    said = re.search(r"(\d+) to (\d+) in use", (DASHBOARDS.parent / "docs" / "metrics.md").read_text(encoding="utf-8"))
+    assert said is not None
     counts = up.prometheus.query(['count by (instance) ({__name__=~"adoptd_.*", instance!=""})'])[0]
-    assert counts
-    assert all(int(float(each["value"][1])) < 600 for each in counts), counts
+    assert len(counts) == 3
+    assert int(said[1]) <= max(int(float(each["value"][1])) for each in counts) <= int(said[2]), counts

@@ -345,6 +345,17 @@ def test_a_session_that_has_left_its_job_may_go_back(node: Node) -> None:
     assert node.join("17", Asking(ALICE, node.handle(pids[1])))["outcome"] == "joined"
 
 
+def test_a_session_one_of_whose_processes_has_left_is_brought_together(node: Node) -> None:
+    """The watch has given it up, or only reported it: "already" would leave nobody a way to put it back."""
+    pids = node.family()
+    node.session(pids[0])
+    del node.backend.of_process[pids[-1]]
+    told = node.join("17", Asking(ALICE, node.handle(pids[1])))
+    assert (told["outcome"], told["moved"]) == ("joined", len(pids))
+    assert node.backend.of_process[pids[-1]] == OLD
+    assert node.refused("17", Asking(ALICE, node.handle(pids[1]))) is JoinOutcome.ALREADY
+
+
 def test_the_job_manager_cannot_be_asked(node: Node) -> None:
     """No guess, and nothing is moved."""
     pids = node.family()

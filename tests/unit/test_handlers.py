@@ -17,6 +17,7 @@ from fakes import ALICE, BOB, HERE, FakeBackend, FakeSeal, FakeWitness, connecti
 from logs import LogLines, log_lines
 from nobody import NOBODY, environment, nobody_command, public_path
 
+from adoptd import handlers as handlers_module
 from adoptd.adoption import Adoptions
 from adoptd.callerid import Inquiry, Responder, SealRoom
 from adoptd.connections import Witnesses
@@ -27,7 +28,7 @@ from adoptd.events import Event, EventKind, Events
 from adoptd.handlers import Desk, Handlers
 from adoptd.jobs import CgroupFinding, CgroupVerdict
 from adoptd.metrics import Door, Metrics, Refusal
-from adoptd.model import AdoptdError, Owner, Witness
+from adoptd.model import AdoptdError, OutOfDescriptors, Owner, Witness
 from adoptd.process import ProcessHandle
 from adoptd.seal.replay import ReplayCache
 from adoptd.server import Doorkeeper
@@ -332,6 +333,24 @@ def test_a_command_that_is_none(tmp_path: Path) -> None:
             assert await here.send("user", framed(b"x" * (control_wire.COMMAND_MAX_BYTES + 1))) == b""
             assert here.refused("user", Refusal.MALFORMED) == 2
             assert here.control.callers == []
+
+    run(story)
+
+
+def test_a_process_that_cannot_be_held_for_want_of_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The login gets its generic failure; who is on call is told of the agent, not of a login that hung up."""
+
+    def full(sock: socket.socket, pid: int) -> ProcessHandle:
+        raise OutOfDescriptors(f"process {pid} cannot be opened: Too many open files")
+
+    async def story() -> None:
+        async with agent(tmp_path) as here:
+            with monkeypatch.context() as patched:
+                patched.setattr(handlers_module, "open_peer", full)
+                assert await here.send("pam", pam_record()) == b""
+            assert here.refused("pam", Refusal.UNAVAILABLE) == 1
+            assert here.refused("pam", Refusal.PROCESS_GONE) == 0
+            assert len(await here.send("pam", pam_record())) >= REPLY_BYTES
 
     run(story)
 

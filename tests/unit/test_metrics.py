@@ -56,7 +56,7 @@ def interface(metrics: Metrics) -> str:
     """One block per family: name, type, help and label names, without the families of the process collector."""
     blocks: List[str] = []
     for family in metrics.registry.collect():
-        if family.name.startswith("process_"):
+        if family.name.startswith("adoptd_process_"):
             continue
         names = sorted({name for found in family.samples for name in found.labels} - {"le"})
         samples = sorted({found.name for found in family.samples if not found.name.endswith("_created")})
@@ -89,7 +89,7 @@ def test_every_label_has_a_closed_set() -> None:
     for family in filled().registry.collect():
         for sample in family.samples:
             for label, value in sample.labels.items():
-                if label == "le" or family.name.startswith("process_"):
+                if label == "le" or family.name.startswith("adoptd_process_"):
                     continue
                 if family.name in FACTS:
                     continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from typing import Iterator
 
 import pytest
 
-from adoptd.model import PID_MAX, AdoptionFailed
+from adoptd.model import PID_MAX, AdoptionFailed, OutOfDescriptors
 from adoptd.process import open_peer, open_process, started_ns, was_started_before
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -146,3 +147,21 @@ def test_a_peer_is_held_by_what_connected_and_not_by_what_has_its_pid_now() -> N
                 assert not held.alive()
             with pytest.raises(AdoptionFailed, match=str(child.pid)):
                 open_peer(accepted, child.pid)
+
+
+def test_no_descriptor_left_is_not_taken_for_an_exit() -> None:
+    """Who is on call has to look at the agent then, and not at the login."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ours, theirs:
+        lowest_free = os.dup(ours.fileno())
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        try:
+            with pytest.raises(OutOfDescriptors, match=r"cannot be opened: Too many open files"):
+                open_peer(ours, os.getpid())
+            with pytest.raises(OutOfDescriptors, match=r"cannot be opened: Too many open files"):
+                open_process(os.getpid())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        open_peer(ours, os.getpid()).close()

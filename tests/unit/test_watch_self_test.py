@@ -8,6 +8,7 @@ from typing import Iterator, List, Optional
 
 import pytest
 from fakes import sample
+from logs import LogLines, log_lines
 
 from adoptd import watch as watch_module
 from adoptd.config import ProbeConfig
@@ -15,6 +16,8 @@ from adoptd.metrics import Metrics
 from adoptd.model import ProbeError
 from adoptd.watch import Watch
 from adoptd.workers import Workers
+
+__all__ = ["log_lines"]
 
 
 class FakeProbe:
@@ -87,3 +90,27 @@ def test_only_a_self_test_moves_the_time_of_the_self_test(host: Host) -> None:
     asyncio.run(host.watch._attach())
     assert host.tested_at > 1.0
     assert sample(host.metrics, "adoptd_probe_self_test_success") == 0.0
+
+
+def test_what_keeps_the_probe_away_is_said_once_each(
+    host: Host, monkeypatch: pytest.MonkeyPatch, log_lines: LogLines
+) -> None:
+    """The self-test fails and the load after it, at every interval: two lines, until it has worked again."""
+    asyncio.run(host.watch.start())
+
+    def load(pin_dir: Path, source_dir: Optional[Path]) -> str:
+        raise ProbeError("no bpffs")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(watch_module.probe, "load", load)
+        for _ in range(2):
+            host.fault = "nothing is attached"
+            for _ in range(3):
+                asyncio.run(host.watch._check())
+            assert host.watch.status.probe_reason == "no bpffs"
+            assert host.watch.status.self_test == "nothing is attached"
+            host.fault = None
+            asyncio.run(host.watch._check())
+            assert host.watch.status.probe_attached
+    said = [line for line in log_lines() if "probe_unavailable" in line]
+    assert [("self-test failed" in line, "no bpffs" in line) for line in said] == [(True, False), (False, True)] * 2

@@ -111,7 +111,9 @@ async def _join(parts: Parts, session: Session, job_id: str, deadline: Deadline)
     with leader:
         try:
             backend = parts.jobs.for_node(session.nodename)
-            job = await parts.workers.run(lambda: _job_to_join(backend, session, job_id, leader, deadline), deadline)
+            job = await parts.workers.run(
+                lambda: _job_to_join(backend, session, job_id, leader, others, deadline), deadline
+            )
         except (JobManagerError, OutOfTime, Overloaded) as error:
             raise JoinRefused(JoinOutcome.UNAVAILABLE, f"the job cannot be joined now: {error}") from None
         fresh = _noted(parts, session, job)
@@ -159,19 +161,36 @@ def _session(parts: Parts, named: Optional[str], asking: Asking) -> Session:
     return session
 
 
-def _job_to_join(backend: JobBackend, session: Session, job_id: str, leader: ProcessHandle, deadline: Deadline) -> Job:
+def _job_to_join(
+    backend: JobBackend,
+    session: Session,
+    job_id: str,
+    leader: ProcessHandle,
+    others: FrozenSet[int],
+    deadline: Deadline,
+) -> Job:
     """The job, if it is one the session can be moved to. Raises JoinRefused, JobManagerError."""
     job = next((job for job in backend.jobs_of(session.uid, deadline) if job.id == job_id), None)
     if job is None:
         # One sentence for a job that never was, has ended or is another user's: the difference is not theirs to know.
         raise JoinRefused(JoinOutcome.NO_SUCH_JOB, f"{session.user} has no job {job_id!r} running on this node")
-    if job == session.job and backend.contains(job, session.pid):
+    if job == session.job and backend.contains(job, session.pid) and not _has_strays(backend, session, others):
         raise JoinRefused(JoinOutcome.ALREADY, f"this session is in job {job.id} already")
     fault = _container_fault(backend, session, job, leader, deadline)
     if fault is not None:
         words = "a session enters and leaves it at its login only; log in anew from inside the job you want"
         raise JoinRefused(JoinOutcome.CONTAINER, f"{fault} (namespaces of its own), and {words}")
     return job
+
+
+def _has_strays(backend: JobBackend, session: Session, others: FrozenSet[int]) -> bool:
+    """Whether one of the session's processes, its user's own, is not in the session's job."""
+    for row in members(session.pid, look(), others)[1:PROCESSES_MAX]:
+        if not backend.contains(session.job, row.pid):
+            with contextlib.suppress(AdoptionFailed), open_process(row.pid) as process:
+                if process.start_ticks == row.start_ticks and _not_ours(backend, session, process) is None:
+                    return True
+    return False
 
 
 def _container_fault(
