@@ -6,7 +6,10 @@ same words. Reads files, changes nothing. Called by ``adoptd doctor``, ``adoptct
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,9 @@ KINDS = ("account", "session")
 # An administrator who edits a stack waits that long at most for the module to know.
 _KEEP_S = 5.0
 _SERVICES_MAX = 16
+# A stack is a page of text in a few files.
+_FILE_MAX_BYTES = 1 << 20
+_FILES_MAX = 256
 
 _LEVELS = ("quiet", "fatal", "error", "info", "verbose", "debug", "debug2", "debug3", "debug4", "debug5")
 
@@ -154,21 +160,21 @@ class AccountAlone:
 
 
 def lines_of(service: str, directory: Path = PAM_DIRECTORY) -> List[PamLine]:
-    """Every line of ``service``, includes followed, in order. Raises OSError."""
-    return list(_stack(directory / service, None, (), ()))
+    """Every line of ``service``, includes followed, in order. Raises OSError, also for what libpam cannot follow."""
+    return list(_stack(directory / service, None, (), (), [0]))
 
 
-def _stack(file: Path, kind: Optional[str], above: Tuple[Path, ...], within: Tuple[str, ...]) -> Iterator[PamLine]:
-    # One that includes itself is no stack to libpam either (PAM_SUBSTACK_MAX_LEVEL); what comes before is shown.
+def _stack(
+    file: Path, kind: Optional[str], above: Tuple[Path, ...], within: Tuple[str, ...], read: List[int]
+) -> Iterator[PamLine]:
     if file in above:
-        return
+        # libpam follows it until there is no memory left (1.5), and whoever logs in is gone.
+        raise OSError(errno.ELOOP, "it includes itself", str(above[-1]))
     above = (*above, file)
-    # As bytes: the line ends of DOS are part of a word to libpam.
-    text = file.read_bytes().decode("utf-8", "backslashreplace").replace("\\\n", " ")
-    for number, raw in enumerate(text.split("\n"), 1):
-        words = _split(raw.partition("#")[0])
+    for number, raw in _assembled(file, _text_of(file, read)):
+        words = _split(raw)
         if words[:1] == ["@include"] and len(words) == 2:
-            yield from _stack(file.parent / words[1], kind, above, within)
+            yield from _stack(file.parent / words[1], kind, above, within, read)
         elif words:
             found = words[0].lstrip("-").lower()
             quiet = words[0].startswith("-")
@@ -178,9 +184,44 @@ def _stack(file: Path, kind: Optional[str], above: Tuple[Path, ...], within: Tup
             words += [""] * (3 - len(words))
             if words[1] in ("include", "substack") and words[2]:
                 inside = within if words[1] == "include" else (*within, f"{file}:{number}")
-                yield from _stack(file.parent / words[2], found, above, inside)
+                yield from _stack(file.parent / words[2], found, above, inside, read)
             else:
                 yield PamLine(file, number, found, words[1], words[2], tuple(words[3:]), quiet, within)
+
+
+def _text_of(file: Path, read: List[int]) -> str:
+    """A file's text; ``read``: how many files were, of one service. Raises OSError, and never waits for a pipe."""
+    status = os.stat(file)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+    read[0] += 1
+    if status.st_size > _FILE_MAX_BYTES or read[0] > _FILES_MAX:
+        raise OSError(errno.EFBIG, f"larger than {_FILE_MAX_BYTES} bytes, or more than {_FILES_MAX} files", str(file))
+    # As bytes: the line ends of DOS are part of a word to libpam.
+    return file.read_bytes().decode("utf-8", "backslashreplace")
+
+
+def _assembled(file: Path, text: str) -> Iterator[Tuple[int, str]]:
+    """Lines without comments, each with the number of its first; a backslash at the end continues one.
+
+    As _pam_assemble_line() of libpam 1.5: blanks behind the backslash do not count, comments and empty lines are
+    passed over in the middle of a line as well, and a line that has a comment is at its end.
+    """
+    begun, pending = 0, ""
+    for number, raw in enumerate(text.split("\n"), 1):
+        line, comment, _ = raw.partition("#")
+        if not line.strip(" \t"):
+            continue
+        begun = begun or number
+        if not comment and line.rstrip(" \t").endswith("\\"):
+            pending += line.rstrip(" \t")[:-1] + " "
+            continue
+        yield begun, pending + line
+        begun, pending = 0, ""
+    if begun:
+        raise OSError(errno.EINVAL, "it ends with a backslash, in the middle of a line", str(file))
 
 
 def _split(line: str) -> List[str]:

@@ -191,6 +191,23 @@ def hidden(node: Node, path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def of_version(node: Node, version: str) -> Iterator[None]:
+    """The node's agent is of another release, all else being the same."""
+    init = f"{SOURCE_IN_NODE}/agent/adoptd/__init__.py"
+    text = node.path(init).read_text(encoding="utf-8")
+    node.write("/run/another", re.sub(r'__version__ = ".*"', f'__version__ = "{version}"', text))
+    node.run(["mount", "--bind", "/run/another", init])
+    node.stop("agent")
+    node.start_agent()
+    try:
+        yield
+    finally:
+        node.run(["umount", init])
+        node.stop("agent")
+        node.start_agent()
+
+
+@contextlib.contextmanager
 def directory_for(node: Node, name: str) -> Iterator[None]:
     with moved_away(node, name):
         node.path(name).mkdir()
@@ -356,7 +373,7 @@ CASES: Dict[str, Case] = {
         "pam",
         ("no account line",),
     ),
-    "stack gone": Case(lambda lab: moved_away(lab.second, "/etc/pam.d/sshd"), "failure", "pam", ("cannot be read",)),
+    "stack gone": Case(lambda lab: moved_away(lab.second, "/etc/pam.d/sshd"), "failure", "pam", ("is missing",)),
     "include of nothing": Case(
         pam(lambda stack: stack + "@include common-nothing\n"), "failure", "pam", ("common-nothing", "No such file")
     ),
@@ -447,6 +464,9 @@ CASES: Dict[str, Case] = {
     "peer unknown": Case(
         lambda lab: contextlib.nullcontext(), "failure", "peer", ("node77", "no host"), ("--peer", "node77")
     ),
+    "peer of another version": Case(
+        lambda lab: of_version(lab.first, "9.9.9"), "warning", "peer", ("version 9.9.9",), ("--peer", "node1")
+    ),
     "peer is ourselves": Case(
         lambda lab: file_with(lab.second, "/etc/hosts", lambda text: "127.0.1.1 node1\n"),
         "warning",
@@ -525,6 +545,18 @@ def test_the_cause_is_named(patient: Lab, name: str) -> None:
     found = [each for each in said if (each.grade, each.check) == (case.grade, case.check)]
     assert any(all(word in f"{each.seen} {each.remedy}" for word in case.words) for each in found), bad(said)
     print(f"{name}: {took_s:.1f} s: {[each[:3] for each in bad(said)]}")
+
+
+def test_the_versions_of_the_nodes_that_were_asked(patient: Lab) -> None:
+    """Told by the agent, from the answers to its logins' questions."""
+    with patient.jobs(2) as (older, _), of_version(patient.first, "9.9.9"):
+        assert patient.login(job=older).landed == f"job {older} on node2"
+        said = [each for each in examined(patient.second, *PATIENT) if each.check == "peers"]
+        assert [(each.grade, "9.9.9 on 1 (10.66.0.1)" in each.seen) for each in said] == [("warning", True)], said
+    with patient.jobs(2) as (older, _):
+        assert patient.login(job=older).landed == f"job {older} on node2"
+        said = [each for each in examined(patient.second, *PATIENT) if each.check == "peers"]
+        assert [(each.grade, "within the hour (1)" in each.seen) for each in said] == [("ok", True)], said
 
 
 def test_everything_hangs_at_once(patient: Lab) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 from typing import Callable, ContextManager, Dict, Iterator
 
 import pytest
 
 from lab.lab import Lab
 from lab.nodes import Cluster
-from lab.test_doctor import PATIENT, Case, bad, examined, file_with, mode, moved_away, owned, stopped
+from lab.slurm_files import EXTERN_STEP
+from lab.test_doctor import PATIENT, Case, bad, examined, file_with, mode, moved_away, owned, pam, stopped
+from lab.test_doctor_parts import every, pipe_for
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -39,7 +43,71 @@ def conf(change: Callable[[str], str], file: str = CONF) -> Callable[[Lab], Cont
     return lambda lab: file_with(lab.second, file, change)
 
 
+@contextlib.contextmanager
+def step_stopped(lab: Lab) -> Iterator[None]:
+    """A job whose extern step does nothing."""
+    assert lab.cluster.slurm is not None
+    with lab.jobs(1) as (job,):
+        pid = lab.cluster.slurm.extern_daemon(lab.second, job)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def step_cleaned_up(lab: Lab) -> Iterator[None]:
+    """A job whose socket a cleaner of old files took for one."""
+    with lab.jobs(1):
+        (socket,) = lab.second.path(SPOOL).glob(f"*.{EXTERN_STEP}")
+        with moved_away(lab.second, f"{SPOOL}/{socket.name}"):
+            yield
+
+
+@contextlib.contextmanager
+def other_spool(lab: Lab) -> Iterator[None]:
+    """SlurmdSpoolDir was changed, its directory is there, and slurmd has not been started again."""
+    elsewhere = lab.second.path("/var/lib/slurm/elsewhere")
+    elsewhere.mkdir()
+    try:
+        with lab.jobs(1), file_with(lab.second, PATHS, lambda text: text.replace(SPOOL, "/var/lib/slurm/elsewhere")):
+            yield
+    finally:
+        elsewhere.rmdir()
+
+
+def agent_says(text: str) -> Callable[[Lab], ContextManager[None]]:
+    return lambda lab: file_with(lab.second, "/etc/adoptd/conf.d/50-jobs.toml", lambda _: f"[jobs]\n{text}\n")
+
+
 CASES: Dict[str, Case] = {
+    "step stopped": Case(step_stopped, "failure", "steps", ("is stopped", "kill -CONT")),
+    "step's socket removed": Case(step_cleaned_up, "failure", "steps", ("was removed", "cleaners of old files")),
+    "spool directory changed since": Case(
+        other_spool, "failure", "steps", (f"listens in {SPOOL}", "/var/lib/slurm/elsewhere", "restart slurmd")
+    ),
+    "another node's name": Case(
+        agent_says('slurm_node_name = "node77"'), "failure", "slurm", ("slurm_node_name is node77", "slurmd's is node2")
+    ),
+    "another node's name in PAM": Case(
+        pam(every("pam_adopt.so", " nodename=node77")), "failure", "slurm", ("nodename=node77", "slurmd's is node2")
+    ),
+    "Slurm not asked": Case(agent_says('backend = "cgroup"'), "warning", "slurm", ("slurmd runs here",)),
+    "slurmd stopped": Case(lambda lab: stopped(lab.second, "slurmd"), "warning", "slurm", ("is stopped", "kill -CONT")),
+    "AuthInfo names another socket": Case(
+        conf(lambda text: text.replace("munge.socket.2", "other.socket")),
+        "failure",
+        "seal",
+        ("AuthInfo", "other.socket"),
+    ),
+    "cgroup.conf hangs": Case(
+        lambda lab: pipe_for(lab.second, "/etc/slurm/cgroup.conf"),
+        "failure",
+        "slurm",
+        ("/etc/slurm/cgroup.conf does not answer", "findmnt"),
+        ("--timeout", "4"),
+    ),
     "no contain": Case(
         conf(lambda text: text.replace("PrologFlags=contain,x11", "PrologFlags=alloc")),
         "failure",
@@ -96,12 +164,19 @@ def test_a_node_that_is_well(patient: Lab) -> None:
     }
 
 
+def test_flags_that_imply_contain(patient: Lab) -> None:
+    """X11 has extern steps made as well, and job containers with them (slurm.conf(5))."""
+    with file_with(patient.second, CONF, lambda text: text.replace("PrologFlags=contain,x11", "PrologFlags=x11")):
+        assert bad(examined(patient.second, *PATIENT)) == []
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_cause_is_named(patient: Lab, name: str) -> None:
     """Of the check, the grade and the words."""
     case = CASES[name]
     with case.how(patient):
         said = examined(patient.second, *(() if "hangs" in name else PATIENT), *case.options)
+    assert not any("the check itself failed" in each.seen for each in said)
     found = [each for each in said if (each.grade, each.check) == (case.grade, case.check)]
     assert any(all(word in f"{each.seen} {each.remedy}" for word in case.words) for each in found), bad(said)
 

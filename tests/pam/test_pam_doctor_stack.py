@@ -121,6 +121,14 @@ def test_the_same_lines_are_asked(tmp_path: Path, seed: int) -> None:
         ("account include nowhere", True),
         ("account [success=1 default=ignore] pam_permit.so\naccount required pam_deny.so", False),
         ("account [success=3 default=ignore] pam_permit.so\naccount required pam_permit.so", True),
+        ("account required pam_deny.so", True),
+        ("account requisite pam_deny.so", True),
+        ("account optional pam_deny.so", False),
+        ("account sufficient pam_deny.so", False),
+        ("account [default=ignore] pam_deny.so", False),
+        ("account [auth_err=ignore default=bad] pam_deny.so", False),
+        ("account sufficient pam_permit.so\naccount required pam_deny.so", False),
+        ("account required\0 pam_permit.so", True),
     ],
 )
 def test_the_same_lines_shut_the_service(tmp_path: Path, line: str, shut: bool) -> None:
@@ -159,3 +167,32 @@ def test_a_module_that_is_missing(tmp_path: Path, line: str, passes: bool) -> No
     """The dash only keeps it out of the log; what lets logins in is the control."""
     (tmp_path / "sshd").write_text(f"{line}\naccount required pam_permit.so\n")
     assert (account(tmp_path) == 0) == passes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# was \\\n{own}",
+        "account required \\\n pam_permit.so\n{own}",
+        "account required \\ \n pam_deny.so\n{own}",
+        "account required pam_permit.so \\\t\n # so\n{own}",
+        "account required pam_permit.so # so \\\n{own}",
+        "account required \\\n# so\n pam_permit.so\n{own}",
+        "account required pam_permit.so \\\n\n{own}",
+        "account required pam_permit.so \\\r\n{own}",
+    ],
+)
+def test_the_same_lines_go_on(tmp_path: Path, text: str) -> None:
+    """A backslash at the end, with blanks, comments and empty lines about it."""
+    (tmp_path / "sshd").write_text(text.format(own=target(tmp_path)) + "account required pam_permit.so\n", newline="")
+    ours = [line for line in lines_of("sshd", tmp_path) if line.loads("pam_exec.so")]
+    assert asked(tmp_path) == bool(ours)
+
+
+def test_a_line_that_has_no_end(tmp_path: Path) -> None:
+    """It is the last of the file, and shuts the service."""
+    (tmp_path / "sshd").write_text("account required pam_permit.so\naccount required pam_permit.so \\")
+    with pytest.raises(AssertionError, match="26"):
+        account(tmp_path)  # PAM_ABORT, from the start
+    with pytest.raises(OSError, match="in the middle of a line"):
+        lines_of("sshd", tmp_path)

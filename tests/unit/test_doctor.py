@@ -16,7 +16,7 @@ from adoptd import __version__, config, doctor
 from adoptd.cli import adoptd_parser
 from adoptd.config import Config
 from adoptd.connections.conntrack import NOTHING_TRANSLATED
-from adoptd.doctor import agent, files, jobs, kernel, seal, sshd
+from adoptd.doctor import adopting, agent, files, jobs, kernel, probing, seal, slurm, sockets, sshd
 from adoptd.doctor.findings import (
     Check,
     Finding,
@@ -30,6 +30,8 @@ from adoptd.doctor.findings import (
     within,
     worst,
 )
+from adoptd.doctor.listeners import Listener, Started, started_by
+from adoptd.doctor.processes import Running
 from adoptd.doctor.shown import as_json, as_lines
 from adoptd.hierarchy import Hierarchy, HierarchyKind
 from adoptd.jobs.slurm_conf import SlurmSettings
@@ -77,7 +79,7 @@ def test_a_check_that_hangs_is_left_behind() -> None:
         hurried = dataclasses.replace(SCENE, timeout_s=0.5)
         found = run_checks((*checks, Check("well", lambda _: [ok("well", "fine")])), hurried)
         assert [each.grade for each in found] == [WARNING, FAILURE] * 20 + [OK]
-        assert "hangs" in found[1].seen
+        assert "not known after 0.5 s" in found[1].seen
         with pytest.raises(TookTooLong):
             within(0.01, for_ever.wait)
     finally:
@@ -154,6 +156,7 @@ KERNEL = kernel.KernelFacts("6.1.0-30-amd64", "bpf", "none", True, "0.26.0", Non
         ({"bcc": None}, WARNING, "not installed"),
         ({"bcc": "0.18.0"}, WARNING, "older than 0.25"),
         ({"bcc": "0.31.0"}, OK, ""),
+        ({"libbcc": "libbcc.so.0: cannot open shared object file"}, WARNING, "cannot be loaded"),
         ({"headers": "no probe.c in /x"}, FAILURE, "no probe.c"),
         ({"diag": "no tcp_diag"}, WARNING, "no tcp_diag"),
         ({"pid_namespace": "pid:[1]"}, FAILURE, "pid namespace"),
@@ -173,7 +176,7 @@ def test_without_a_probe_bpf_is_no_matter() -> None:
     assert judged(list(kernel.judge_kernel(facts, "/x", False)))[0] is OK
 
 
-PROBE = kernel.ProbeFacts("abc", None, None, True, None, {"labelled": 7, "storage_refused": 0})
+PROBE = probing.ProbeFacts("abc", None, None, True, None, {"labelled": 7, "storage_refused": 0})
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ PROBE = kernel.ProbeFacts("abc", None, None, True, None, {"labelled": 7, "storag
 )
 def test_probe(change: Dict[str, object], grade: Grade, words: str) -> None:
     """Sound or not, and whether it can be had."""
-    found = list(kernel.judge_probe(dataclasses.replace(PROBE, **change), "/pins"))  # type: ignore[arg-type]
+    found = list(probing.judge_probe(dataclasses.replace(PROBE, **change), "/pins"))  # type: ignore[arg-type]
     assert judged(found)[0] is grade, found
     assert words in judged(found)[1] or not words
 
@@ -208,10 +211,10 @@ def test_filesystem_at() -> None:
         Mount((0, 2), "/", "/sys", "sysfs"),
         Mount((0, 3), "/", "/sys/fs/bpf", "bpf"),
     ]
-    assert kernel.filesystem_at("/sys/fs/bpf/adoptd", mounted) == "bpf"
-    assert kernel.filesystem_at("/sys/fs/bpfoo", mounted) == "sysfs"
-    assert kernel.filesystem_at("/sys/fs/bpf", [*mounted, Mount((0, 4), "/", "/sys/fs/bpf", "tmpfs")]) == "tmpfs"
-    assert kernel.filesystem_at("/x", []) == ""
+    assert probing.filesystem_at("/sys/fs/bpf/adoptd", mounted) == "bpf"
+    assert probing.filesystem_at("/sys/fs/bpfoo", mounted) == "sysfs"
+    assert probing.filesystem_at("/sys/fs/bpf", [*mounted, Mount((0, 4), "/", "/sys/fs/bpf", "tmpfs")]) == "tmpfs"
+    assert probing.filesystem_at("/x", []) == ""
 
 
 V2 = Hierarchy(HierarchyKind.V2, 0, (), "/sys/fs/cgroup/unified", 1)
@@ -249,7 +252,7 @@ SETTINGS = SlurmSettings(
     "/etc/slurm/slurm.conf", "n1", True, "/spool", frozenset((0, 64030)), "auth/munge", "", "c", SlurmPaths("n1")
 )
 DIRECTORY = (stat.S_IFDIR | 0o755, 0)
-FACTS = jobs.SlurmFacts(
+FACTS = slurm.SlurmFacts(
     SETTINGS, SLURM, {"constraincores": "yes"}, RunningSlurmd(pid=7), DIRECTORY, (stat.S_IFREG | 0o644, 64030)
 )
 
@@ -277,7 +280,7 @@ FACTS = jobs.SlurmFacts(
 )
 def test_slurm(change: Dict[str, object], grade: Grade, words: str) -> None:
     """One setting at a time."""
-    found = list(jobs.judge_slurm(dataclasses.replace(FACTS, **change)))  # type: ignore[arg-type]
+    found = list(slurm.judge_slurm(dataclasses.replace(FACTS, **change)))  # type: ignore[arg-type]
     assert judged(found)[0] is grade, found
     assert words in judged(found)[1] or not words
 
@@ -293,7 +296,7 @@ def test_slurm(change: Dict[str, object], grade: Grade, words: str) -> None:
 )
 def test_what_to_do_about_slurms_files(error: str, remedy: str) -> None:
     """One thing to do for each."""
-    assert remedy in jobs.remedy_for(error)
+    assert remedy in slurm.remedy_for(error)
 
 
 def test_the_fallback(tmp_path: Path) -> None:
@@ -301,7 +304,7 @@ def test_the_fallback(tmp_path: Path) -> None:
 
     def said(**callerid: str) -> List[Finding]:
         settings = Config(callerid=dataclasses.replace(Config().callerid, **callerid))  # type: ignore[arg-type]
-        return list(jobs.look_at_fallback(dataclasses.replace(SCENE, settings=settings)))
+        return list(slurm.look_at_fallback(dataclasses.replace(SCENE, settings=settings)))
 
     assert said() == []
     assert judged(said(fallback="slurm", slurm_scontrol="/bin/true"))[0] is OK
@@ -342,17 +345,24 @@ class _Backend:
 def test_an_adoption_for_trial(refuses: bool, keeps: bool, grade: Grade, words: str) -> None:
     """Believed only if read back; the process is gone whatever came of it."""
     backend = _Backend(refuses, keeps)
-    (found,) = jobs.try_adoption(backend, (Job("7", 1000, 1, (1,)),))  # type: ignore[arg-type]
+    (found,) = adopting.try_adoption(backend, (Job("7", 1000, 1, (1,)),))  # type: ignore[arg-type]
     assert (found.grade, words in found.seen) == (grade, True)
     assert backend.pid is not None
     assert not Path(f"/proc/{backend.pid}").exists()
-    (nothing,) = jobs.try_adoption(backend, ())  # type: ignore[arg-type]
+    (nothing,) = adopting.try_adoption(backend, ())  # type: ignore[arg-type]
     assert "not tried" in nothing.seen
 
 
 # ---- sshd
 
 SSHD = {"usepam": "yes", "port": "22", "kbdinteractiveauthentication": "no", "permitrootlogin": "yes"}
+
+
+SSHD_RUNS = Listener(Running(7, "sshd", "", "/usr/sbin/sshd", 0.0, "S", 0), Started("/c"))
+
+
+def facts_of(values: Mapping[str, str], fault: Optional[str] = None) -> sshd.SshdFacts:
+    return sshd.SshdFacts(SSHD_RUNS.started, values, fault, listener=SSHD_RUNS)
 
 
 @pytest.mark.parametrize(
@@ -368,15 +378,15 @@ SSHD = {"usepam": "yes", "port": "22", "kbdinteractiveauthentication": "no", "pe
 )
 def test_sshd(change: Mapping[str, str], alone: bool, grade: Grade, words: str) -> None:
     """Its settings in force."""
-    found = list(sshd.judge_sshd(sshd.SshdFacts("/c", True, {**SSHD, **change}), "sshd", alone))
+    found = list(sshd.judge_sshd(facts_of({**SSHD, **change}), "sshd", alone))
     assert judged(found)[0] is grade
     assert words in judged(found)[1] or not words
 
 
 def test_sshd_that_does_not_say_or_run() -> None:
     """A broken configuration, and no listener."""
-    assert judged(list(sshd.judge_sshd(sshd.SshdFacts("/c", True, {}, "line 3"), "sshd", False)))[0] is WARNING
-    assert "no sshd listens" in judged(list(sshd.judge_sshd(sshd.SshdFacts("/c", False, SSHD), "sshd", False)))[1]
+    assert judged(list(sshd.judge_sshd(facts_of({}, "line 3"), "sshd", False)))[0] is WARNING
+    assert "no sshd listens" in judged(list(sshd.judge_sshd(sshd.SshdFacts(Started("/c"), SSHD), "sshd", False)))[1]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +402,8 @@ def test_sshd_that_does_not_say_or_run() -> None:
 )
 def test_which_sshd_listens(title: str, file: Optional[str]) -> None:
     """By its title: one that serves a login has the user's name in it."""
-    assert sshd.file_of(title) == file
+    started = started_by(title)
+    assert (None if started is None else started.file) == file
 
 
 def test_confinement() -> None:
@@ -437,7 +448,7 @@ def test_clock(state: Optional[int], grade: Grade) -> None:
     ("status", "grade", "words"),
     [
         ((stat.S_IFSOCK | 0o600, 0), OK, ""),
-        ((stat.S_IFSOCK | 0o666, 0), FAILURE, "mode 0666, expected a socket 0600"),
+        ((stat.S_IFSOCK | 0o666, 0), FAILURE, "mode 0666, expected root's and mode 0600"),
         ((stat.S_IFSOCK | 0o600, 5), FAILURE, "uid 5"),
         ((stat.S_IFREG | 0o600, 0), FAILURE, "no socket"),
         (None, FAILURE, "is missing"),
@@ -445,7 +456,7 @@ def test_clock(state: Optional[int], grade: Grade) -> None:
 )
 def test_sockets(status: Optional[Tuple[int, int]], grade: Grade, words: str) -> None:
     """Exactly what the agent makes."""
-    found = list(files.judge_socket("pam_socket", "/p", status, 0o600))
+    found = list(sockets.judge_socket("pam_socket", "/p", status, 0o600))
     assert judged(found)[0] is grade
     assert words in judged(found)[1]
 

@@ -118,12 +118,12 @@ OLDER = {"0.0.9": {"nodes": 1, "latest": "10.0.0.9"}}
 @pytest.mark.parametrize(
     ("status", "grade", "words"),
     [
-        (STATUS, OK, f"version {__version__} on all 7 nodes"),
+        (STATUS, OK, f"version {__version__} on all nodes asked within the hour (7)"),
         ({"releases": {}, "unheard": {}}, OK, "--peer NODE asks one"),
         ({**STATUS, "releases": {__version__: SEVEN, **OLDER}}, WARNING, "0.0.9 on 1 (10.0.0.9)"),
         ({**STATUS, "releases": {"9.9": SEVEN}}, WARNING, "9.9 on 7 (10.0.0.1, 10.0.0.2, "),
         ({**STATUS, "unheard": {"10.0.0.8": "timeout, 3 s ago"}}, WARNING, "at last 10.0.0.8: timeout, 3 s ago"),
-        ({**STATUS, "unheard": {"10.0.0.8": "refused, 3 s ago"}}, OK, "on all 7"),
+        ({**STATUS, "unheard": {"10.0.0.8": "refused, 3 s ago"}}, OK, "(7)"),
     ],
 )
 def test_peers_asked_by_the_agent(status: Mapping[str, object], grade: Grade, words: str) -> None:

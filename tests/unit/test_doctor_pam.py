@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from typing import List, Tuple
@@ -10,7 +11,9 @@ import pytest
 
 from adoptd.config import Config
 from adoptd.doctor.findings import Finding, Grade, Scene, worst
-from adoptd.doctor.pam import ModuleFile, judge_module, judge_sockets, judge_stack, look_at_services, look_at_stack
+from adoptd.doctor.module import ModuleFile, judge_module
+from adoptd.doctor.pam import judge_sockets, judge_stack, judge_time, look_at_stack
+from adoptd.doctor.services import look_at_services
 from adoptd.pam_lines import PamLine, lines_of
 
 SOUND = "account required pam_adopt.so\nsession required pam_adopt.so\n"
@@ -258,12 +261,28 @@ def test_a_line_that_asks_another_socket(tmp_path: Path) -> None:
 
 
 def test_a_file_that_includes_itself(tmp_path: Path) -> None:
-    """Each line is told once, and twice over would not be told 2^32 times."""
-    found = findings(tmp_path, "@include sshd\n@include sshd\n" + SOUND)
-    assert [each.seen.partition(" (")[0] for each in found] == [
-        f"{tmp_path}/sshd:3: account required",
-        f"{tmp_path}/sshd:4: session required",
-    ]
+    """libpam never comes back from it; and what includes twice over is not read 2^32 times."""
+    (tmp_path / "sshd").write_text("@include sshd\n@include sshd\n" + SOUND)
+    (found,) = look_at_stack(scene(tmp_path))
+    assert (found.grade, "it includes itself" in found.seen) == (Grade.FAILURE, True)
+    for number in range(32):
+        (tmp_path / f"e{number}").write_text(f"@include e{number + 1}\n" * 2)
+    (tmp_path / "e32").write_text(SOUND)
+    (tmp_path / "sshd").write_text("@include e0\n")
+    (found,) = look_at_stack(scene(tmp_path))
+    assert (found.grade, "more than 256 files" in found.seen) == (Grade.FAILURE, True)
+
+
+def test_what_no_stack_is_read_from(tmp_path: Path) -> None:
+    """A pipe is not waited for, and a file that is no page of text is not read."""
+    os.mkfifo(tmp_path / "sshd")
+    (found,) = look_at_stack(scene(tmp_path))
+    assert (found.grade, "no regular file" in found.seen) == (Grade.FAILURE, True)
+    (tmp_path / "sshd").unlink()
+    with (tmp_path / "sshd").open("wb") as large:
+        large.truncate(1 << 30)
+    (found,) = look_at_stack(scene(tmp_path))
+    assert (found.grade, "larger than" in found.seen) == (Grade.FAILURE, True)
 
 
 # ---- files
@@ -276,7 +295,7 @@ def scene(directory: Path) -> Scene:
 def test_a_stack_that_cannot_be_read(tmp_path: Path) -> None:
     """The file that is missing is named, be it an included one."""
     (found,) = look_at_stack(scene(tmp_path))
-    assert (found.grade, f"{tmp_path}/sshd cannot be read" in found.seen) == (Grade.FAILURE, True)
+    assert (found.grade, found.seen) == (Grade.FAILURE, f"{tmp_path}/sshd is missing: libpam lets nobody in")
     (tmp_path / "sshd").write_text("@include gone\n")
     (found,) = look_at_stack(scene(tmp_path))
     assert f"{tmp_path}/gone cannot be read" in found.seen
@@ -297,6 +316,7 @@ def test_other_services(tmp_path: Path) -> None:
     (tmp_path / "su").write_text("@include gone\n")
     words = " ".join(each.seen for each in look_at_services(scene(tmp_path)) if each.grade is not Grade.OK)
     assert "in the stack of cockpit it does nothing" in words
+    assert "in the stack of cron" not in words, "what is wrong with it is said"
     assert "(service cron): 'wrong' is no option" in words
     assert "libpam refuses: su" in words
 
@@ -325,3 +345,85 @@ def test_the_module(files: List[ModuleFile], line: PamLine, grade: Grade, words:
     (found,) = judge_module(files, line)
     assert found.grade is grade
     assert words in found.seen
+
+
+def test_a_part_of_other_stacks_is_no_service(tmp_path: Path) -> None:
+    """What others include; and a service that has the lines of ours from there is not told of again and again."""
+    (tmp_path / "shared").write_text(SOUND)
+    for name in ("sshd", "login", "su", "cron"):
+        (tmp_path / name).write_text("@include shared\n")
+    (found,) = look_at_services(scene(tmp_path))
+    assert (found.grade, found.seen) == (
+        Grade.OK,
+        "does nothing for cron, login, su, which include the same lines",
+    )
+
+
+def test_many_services_are_one_finding(tmp_path: Path) -> None:
+    """One screen, whatever a script has done to a directory."""
+    (tmp_path / "sshd").write_text("account required pam_unix.so\n")
+    for number in range(40):
+        (tmp_path / f"s{number:02}").write_text("account required pam_adopt.so\n")
+    (found,) = look_at_services(scene(tmp_path))
+    assert "s00, s01, s02, s03 and 36 more" in found.seen
+
+
+@pytest.mark.parametrize(
+    ("other", "grade", "words"),
+    [
+        ("account required pam_permit.so\n", Grade.FAILURE, "users come in, into no job"),
+        ("account required pam_deny.so\n", Grade.FAILURE, "lets nobody in"),
+        ("account required pam_adopt.so service=*\n", Grade.WARNING, "goes by"),
+    ],
+)
+def test_without_a_file_of_its_own(tmp_path: Path, other: str, grade: Grade, words: str) -> None:
+    """libpam takes the service "other" then, which may let everybody in."""
+    (tmp_path / "other").write_text(other)
+    (found,) = look_at_stack(scene(tmp_path))
+    assert (found.grade, words in found.seen) == (grade, True), found
+
+
+@pytest.mark.parametrize(
+    ("stack", "grade", "words"),
+    [
+        (SOUND + "account required pam_deny.so\n", Grade.FAILURE, "sshd:3: pam_deny.so is asked for everybody"),
+        (SOUND + "session requisite pam_deny.so\n", Grade.FAILURE, "no session gets past it"),
+        (SOUND + "account optional pam_deny.so\n", Grade.OK, ""),
+        (SOUND + "password required pam_deny.so\n", Grade.OK, ""),
+        (COMMON_ACCOUNT + SOUND, Grade.OK, ""),
+        (SOUND.replace("account required", "account sufficient") + "account required pam_deny.so\n", Grade.OK, ""),
+        (SOUND.replace(".so", ".so action_no_jobs=ignore"), Grade.WARNING, "users without a job come in"),
+        (SOUND.replace(".so", ".so action_no_jobs=ignore") + "account required pam_access.so\n", Grade.OK, ""),
+        (SOUND.replace(".so", ".so mode=enforce mode=observe"), Grade.WARNING, "mode=observe counts"),
+        (SOUND + "account required pam_permit.so a\0b\n", Grade.FAILURE, "a byte of zero"),
+        (SOUND + f"account required pam_permit.so {'x' * 1100}\n", Grade.FAILURE, "longer than 1023"),
+        (SOUND + f"account required pam_permit.so {'x' * 900}\n", Grade.OK, ""),
+        ("session required pam_adopt.so\n", Grade.WARNING, "those of the service other"),
+    ],
+)
+def test_what_a_stack_comes_to(tmp_path: Path, stack: str, grade: Grade, words: str) -> None:
+    """Who is let in or kept out by all of it together."""
+    found = findings(tmp_path, stack)
+    assert worst(found) is grade, found
+    assert any(words in each.seen for each in found if each.grade is grade)
+
+
+def test_the_time_of_a_line(tmp_path: Path) -> None:
+    """Where it says one: longer than a source may take."""
+    for options, callerid_ms, grades in (
+        ("", 2000, []),
+        (" timeout_ms=1000", 300, []),
+        (" timeout_ms=300", 300, [Grade.WARNING]),
+    ):
+        (tmp_path / "sshd").write_text(f"account required pam_adopt.so{options}\n")
+        found = list(judge_time(lines_of("sshd", tmp_path), callerid_ms))
+        assert [each.grade for each in found] == grades, options
+
+
+def test_wrong_options_are_one_finding_of_a_line(tmp_path: Path) -> None:
+    """What is expected is a long list, and said once."""
+    wrong = [
+        each for each in findings(tmp_path, SOUND.replace(".so", ".so mode = observe")) if each.grade is Grade.FAILURE
+    ]
+    assert [each.seen.count("expected one of") for each in wrong] == [1, 0]
+    assert all("no blanks around" in each.remedy for each in wrong)

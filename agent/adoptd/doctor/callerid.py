@@ -124,9 +124,8 @@ def look_at_own_answer(scene: Scene) -> Iterator[Finding]:
         )
     else:
         seen = f"this node's agent does not answer on {here} port {section.port}: {heard.detail or heard.reason}"
-        yield failure(
-            "answer", seen, "put right what is said of the agent, its port and the seal; journalctl -u adoptd"
-        )
+        remedy = "put right what is said of the agent, its port and the seal; journalctl -u adoptd"
+        yield failure("answer", seen, remedy, cause="agent")
 
 
 # What an agent says of a connection that nobody has: that it was asked, and looked.
@@ -149,8 +148,9 @@ def look_at_peer(name: str) -> Callable[[Scene], Iterator[Finding]]:
                 "peer", seen, f"getent hosts {name}; look at /etc/resolv.conf and hosts: in /etc/nsswitch.conf"
             )
             return
-        except OSError as error:
-            seen = f"{name} is no host here: {error.strerror}"
+        except (OSError, UnicodeError) as error:
+            # UnicodeError: a part of the name that is empty, or too long for a name.
+            seen = f"{name} is no host here: {getattr(error, 'strerror', None) or error}"
             yield failure("peer", seen, f"getent hosts {name}; add it to /etc/hosts or the name service")
             return
         for address in addresses[:2]:
@@ -193,7 +193,8 @@ def judge_peers_asked(status: Result) -> Iterator[Finding]:
         seen = f"nodes that answered within the hour run another version than {__version__}: {', '.join(others)}"
         yield warning("peers", seen, _ONE_RELEASE)
     elif asked:
-        yield ok("peers", f"version {__version__} on all {asked[__version__].get('nodes')} nodes asked within the hour")
+        count = asked[__version__].get("nodes")
+        yield ok("peers", f"version {__version__} on all nodes asked within the hour ({count})")
     elif not unheard:
         yield ok("peers", "no other node was asked within the hour; --peer NODE asks one")
     # Who refuses has no agent: a login node, as a rule.

@@ -42,9 +42,8 @@ def look_at_exporter(scene: Scene) -> Iterator[Finding]:
     try:
         status, body = _fetch(section)
     except (OSError, http.client.HTTPException) as error:
-        yield warning(
-            "metrics", f"{where}: {error}", "systemctl restart adoptd; look at [metrics] and who has the port"
-        )
+        remedy = "systemctl restart adoptd; look at [metrics] and who has the port"
+        yield warning("metrics", f"{where}: {error}", remedy, cause="agent")
         return
     if status == 200 and b"\nadoptd_" in body:
         yield ok("metrics", f"{where}: {body.count(bytes([10]))} lines")

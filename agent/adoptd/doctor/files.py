@@ -1,47 +1,79 @@
-"""The doctor's look at files: the sockets, the directories around them, and the configuration, and who can change them.
+"""The doctor's look at the configuration's files: whether they can be read, and who can change them.
 
-Owns the table of what each has to be. Changes nothing. Called through the table of checks.
+Changes nothing. Called through the table of checks.
 """
 
 from __future__ import annotations
 
+import codecs
+import errno
+import os
 import stat
 from pathlib import Path
 from typing import Iterator, List, Optional, Tuple
 
-from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, status_of, warning
-from adoptd.doors import PAM_MODE, USER_MODE
+from adoptd.doctor.findings import (
+    FileRule,
+    Finding,
+    Scene,
+    TookTooLong,
+    failure,
+    fault_of,
+    given_up,
+    ok,
+    status_of,
+    warning,
+)
+from adoptd.model import ConfigError
 
 _DIRECTORY = FileRule("a directory", 0o022, stat.S_ISDIR)
 _FILE = FileRule("a regular file", 0o022, stat.S_ISREG)
-_START = "systemctl start adoptd (it makes it anew; find out first who else made it)"
+# What other programs' drop-ins end in.
+_LIKE_OURS = (".conf", ".cfg", ".ini")
+_BEGINNING_BYTES = 65536
 
 
-def look_at_sockets(scene: Scene) -> Iterator[Finding]:
-    """Where sshd and users ask."""
-    agent = scene.settings.agent
-    yield from judge_socket("pam_socket", agent.pam_socket, status_of(agent.pam_socket), PAM_MODE)
-    yield from judge_socket("user_socket", agent.user_socket, status_of(agent.user_socket), USER_MODE)
-    for directory in dict.fromkeys(str(Path(path).parent) for path in (agent.pam_socket, agent.user_socket)):
-        yield from judge_directory("run_directory", directory, status_of(directory))
-        mode = status_of(directory)
-        if mode is not None and not stat.S_IMODE(mode[0]) & 0o001:
-            seen = f"{directory} has mode {stat.S_IMODE(mode[0]):04o}: users cannot reach {agent.user_socket}"
-            yield warning("run_directory", seen, f"chmod 0755 {directory}")
+def unread(file: Path, error: Exception, after_s: float) -> Finding:
+    """The configuration could not be loaded; ``after_s``: how long it was waited for, where that is what was wrong."""
+    if isinstance(error, TookTooLong):
+        return given_up("configuration", after_s, str(error) or str(file), "", "")
+    if not isinstance(error, ConfigError):
+        return failure("configuration", f"{file} was not read: {error}", "look from a shell that may start processes")
+    if os.geteuid() != 0 and os.strerror(errno.EACCES) in str(error):
+        seen = f"{error}: only root can read it, and what goes by it was not looked at"
+        return warning("configuration", seen, "sudo adoptd doctor")
+    # What is wrong begins with the name of the file that it is wrong in.
+    named = Path(str(error).partition(": ")[0])
+    return failure("configuration", str(error), _remedy_for(named, _beginning(named)))
 
 
-def judge_socket(check: str, path: str, status: Optional[Tuple[int, int]], mode: int) -> Iterator[Finding]:
-    """A socket of root's with exactly this mode."""
-    if status is None:
-        yield failure(check, f"{path} is missing: nobody is asked there", "systemctl start adoptd")
-        return
-    found, owner = status
-    if not stat.S_ISSOCK(found) or owner != 0 or stat.S_IMODE(found) != mode:
-        kind = "a socket" if stat.S_ISSOCK(found) else "no socket"
-        seen = f"{path} is {kind} of uid {owner}, mode {stat.S_IMODE(found):04o}, expected a socket {mode:04o} of root"
-        yield failure(check, seen, f"find out who changed it, rm {path}, then {_START}")
-    else:
-        yield ok(check, f"{path} is a socket of root, mode {mode:04o}")
+def _remedy_for(file: Path, text: Optional[bytes]) -> str:
+    more = "the agent does not start until it is right; what goes by it was not looked at"
+    if text is None:
+        return f"put {file} there (an empty one takes all defaults), or what it is a link to; {more}"
+    if text.startswith(codecs.BOM_UTF8):
+        return f"an editor wrote a byte order mark: sed -i '1s/^\\xEF\\xBB\\xBF//' {file}; {more}"
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return f"it is UTF-16: iconv -f utf-16 -t utf-8 {file}; {more}"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(text)
+    except UnicodeDecodeError:
+        return f"it is not UTF-8: iconv -f latin1 -t utf-8 {file}; {more}"
+    return f"adoptd config check; {more}"
+
+
+def _beginning(file: Path) -> Optional[bytes]:
+    """The first of a file, None where there is none; never waits for the other end of a pipe."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return os.read(descriptor, _BEGINNING_BYTES)
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
 
 
 def look_at_configuration(scene: Scene) -> Iterator[Finding]:
@@ -60,12 +92,17 @@ def look_at_configuration(scene: Scene) -> Iterator[Finding]:
         status = status_of(str(directory), follow=True)
         if status is not None:
             yield from judge_directory("configuration", str(directory), status, quiet=True)
-    passed_over = sorted(str(path) for path in drop_ins.glob("*") if path.suffix != ".toml")
+    passed_over = sorted(str(path) for path in drop_ins.glob("*") if _is_meant(path.name))
     if passed_over:
         seen = f"{', '.join(passed_over[:4])}: passed over, as only *.toml is read"
         yield warning("configuration", seen, "rename it to end in .toml, or remove it")
     if sound:
         yield ok("configuration", f"{', '.join(sound)}: root's to write")
+
+
+def _is_meant(name: str) -> bool:
+    """Whether a file beside the drop-ins looks like one, and is not read. A README does not."""
+    return not name.endswith(".toml") and not name.startswith(".") and (".toml" in name or name.endswith(_LIKE_OURS))
 
 
 def judge_directory(

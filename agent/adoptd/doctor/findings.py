@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import os
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +21,10 @@ from typing import Callable, Generic, Iterable, List, Optional, Sequence, Tuple,
 from adoptd.config import Config
 
 _T = TypeVar("_T")
+_TURN_S = 0.0005
+_COMMAND_MAX = 80
+_MADE_UP = ("/proc/", "/sys/")
+_PACKAGE = f"{os.sep}adoptd{os.sep}"
 
 
 class Grade(enum.Enum):
@@ -32,12 +37,16 @@ class Grade(enum.Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw, and what to do about it (empty where there is nothing to do)."""
+    """What one check saw, and what to do about it (empty where there is nothing to do).
+
+    ``cause``: the check whose failure, where it fails, is all that there is to mend.
+    """
 
     check: str
     grade: Grade
     seen: str
     remedy: str = ""
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,14 +80,14 @@ def ok(check: str, seen: str) -> Finding:
     return Finding(check, Grade.OK, seen)
 
 
-def warning(check: str, seen: str, remedy: str) -> Finding:
+def warning(check: str, seen: str, remedy: str, cause: str = "") -> Finding:
     """Logins work, but not as the administrator may expect, or not for ever."""
-    return Finding(check, Grade.WARNING, seen, remedy)
+    return Finding(check, Grade.WARNING, seen, remedy, cause)
 
 
-def failure(check: str, seen: str, remedy: str) -> Finding:
+def failure(check: str, seen: str, remedy: str, cause: str = "") -> Finding:
     """Logins are refused that should not be, or let in that should not be, or adopted into nothing."""
-    return Finding(check, Grade.FAILURE, seen, remedy)
+    return Finding(check, Grade.FAILURE, seen, remedy, cause)
 
 
 def worst(findings: Sequence[Finding]) -> Grade:
@@ -88,7 +97,10 @@ def worst(findings: Sequence[Finding]) -> Grade:
 
 
 class TookTooLong(Exception):
-    """A call did not come back in time. It goes on in its thread, which ends with the process."""
+    """A call did not come back in time. It goes on in its thread, which ends with the process.
+
+    Its text is the file that is waited for, "" where that is not known.
+    """
 
 
 class _Call(Generic[_T]):
@@ -99,7 +111,11 @@ class _Call(Generic[_T]):
         self._result: List[_T] = []
         self._error: Optional[BaseException] = None
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            # No more threads may be had here (pids.max, ulimit).
+            self._error = error
 
     def _run(self) -> None:
         try:
@@ -113,9 +129,26 @@ class _Call(Generic[_T]):
         lines = traceback.extract_stack(frame)[-3:] if frame is not None else []
         return " > ".join(f"{Path(line.filename).name}:{line.lineno} {line.name}" for line in lines)
 
+    def awaited(self) -> Tuple[str, str]:
+        """The file, and the command, that it waits for now; "" where that is not known."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        while frame is not None:
+            # "self" of Path.open() is the path.
+            for value in list(frame.f_locals.values()):
+                if isinstance(value, subprocess.Popen):
+                    words = value.args if isinstance(value.args, (list, tuple)) else [value.args]
+                    return "", " ".join(map(str, words)).strip()[:_COMMAND_MAX]
+                if isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")):
+                    # What the kernel makes up is slow at worst.
+                    return ("" if f"{value}/".startswith(_MADE_UP) else str(value)), ""
+            # Further out is what it was called for, and not what it waits for.
+            frame = frame.f_back if _PACKAGE not in frame.f_code.co_filename else None
+        return "", ""
+
     def result(self, within_s: float) -> _T:
         """Raises what the call raised, or TookTooLong."""
-        self._thread.join(max(within_s, 0.0))
+        if self._thread.ident is not None:
+            self._thread.join(max(within_s, 0.0))
         if self._error is not None:
             raise self._error
         if not self._result:
@@ -124,12 +157,26 @@ class _Call(Generic[_T]):
 
 
 def within(limit_s: float, call: Callable[[], _T]) -> _T:
-    """What ``call`` returns. Raises what it raises, or TookTooLong."""
-    return _Call(call).result(limit_s)
+    """What ``call`` returns. Raises what it raises, or TookTooLong, which names the file that it waits for."""
+    running = _Call(call)
+    try:
+        return running.result(limit_s)
+    except TookTooLong:
+        raise TookTooLong(running.awaited()[0]) from None
 
 
 def run_checks(checks: Sequence[Check], scene: Scene) -> List[Finding]:
     """What all of ``checks`` say, in their order. They run at once; none can stop another, nor this from returning."""
+    turn_s = sys.getswitchinterval()
+    # After each of thousands of small files in /proc a check waits for its turn, while another may be busy.
+    sys.setswitchinterval(min(turn_s, _TURN_S))
+    try:
+        return _run_checks(checks, scene)
+    finally:
+        sys.setswitchinterval(turn_s)
+
+
+def _run_checks(checks: Sequence[Check], scene: Scene) -> List[Finding]:
     started_s = time.monotonic()
     running: List[Tuple[Check, List[Finding], _Call[None]]] = []
     for check in checks:
@@ -141,13 +188,27 @@ def run_checks(checks: Sequence[Check], scene: Scene) -> List[Finding]:
             call.result(started_s + scene.timeout_s - time.monotonic())
             findings.extend(found)
         except TookTooLong:
-            seen = f"not known after {scene.timeout_s:g} s: what it asks hangs, or all is slow ({call.place()})"
-            findings.extend((*found, failure(check.name, seen, _HANGS.get(check.name, _HANGS[""]))))
+            findings.extend((*found, given_up(check.name, scene.timeout_s, *call.awaited(), call.place())))
         except Exception as error:
             # Whatever it was: on a broken system any check may meet what nobody thought of.
             seen = f"the check itself failed: {type(error).__name__}: {error}"
-            findings.extend((*found, failure(check.name, seen, "what it looks at is broken, or adoptd has a defect")))
+            remedy = "what it looks at is broken, or adoptd has a defect"
+            if isinstance(error, (RuntimeError, MemoryError)):
+                remedy = "memory or processes are short here: ulimit -a; pids.max and memory.max of this shell's cgroup"
+            findings.extend((*found, failure(check.name, seen, remedy)))
     return findings
+
+
+def given_up(check: str, after_s: float, file: str, command: str, place: str) -> Finding:
+    """What is said of a check that did not come back. ``place``: where in our own code it waits."""
+    if file:
+        seen = f"{file} does not answer (waited for {after_s:g} s): a pipe, or on a file server that is away?"
+        return failure(check, seen, f"ls -l {file}; findmnt -T {file}; whatever reads it hangs as well")
+    if command:
+        remedy = f"run it by hand: {command}; if it only is slow: adoptd doctor --timeout 30"
+        return failure(check, f"not done after {after_s:g} s: {command}", remedy)
+    seen = f"not known after {after_s:g} s: what it asks hangs, or all is slow ({place})"
+    return failure(check, seen, _HANGS.get(check, _HANGS[""]))
 
 
 # What a check waits for that can hang, where it is always the same.
@@ -156,6 +217,7 @@ _HANGS = {
     "seal": "munged hangs: systemctl restart munge",
     "agent": "the agent takes commands and does not answer: systemctl restart adoptd",
     "answer": "munged hangs here, or the agent does: systemctl restart munge adoptd",
+    "steps": "a step of a job hangs: scontrol listpids",
     "jobs": "a step or a name service hangs: getent passwd root; scontrol listpids",
     "slurm": "a name service hangs (SlurmUser is looked up): getent passwd slurm",
 }

@@ -1,32 +1,29 @@
-"""The doctor's look at PAM: the stack of the service, the other services that load the module, and the module's file.
+"""The doctor's look at PAM: the stack of the service that is asked about.
 
-Owns what is said of a stack, as functions of its lines. Changes nothing, and loads the module only in a process of
-its own, and only one that nobody but root could have written. Called through the table of checks.
+Owns what is said of a stack, as functions of its lines. Changes nothing. Called through the table of checks.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from adoptd.config import AgentConfig
 from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, warning
-from adoptd.doctor.stack import REFUSING, Reach, action_for, actions_of, name_of, overshoots, reached, refuses
-from adoptd.pam_lines import MODULE, PamLine, adopt_lines, lines_of, wrong_options
+from adoptd.doctor.role import is_login_node
+from adoptd.doctor.stack import REFUSING, Reach, action_for, actions_of, name_of, overshoots, reached, refuses, shut_by
+from adoptd.pam_lines import MODULE, PAM_DIRECTORY, PamLine, lines_of, wrong_options
 
-# Of package managers and editors; to libpam they are services all the same, which nobody asks for.
-_LEFTOVERS = (".dpkg-old", ".dpkg-new", ".dpkg-dist", ".rpmsave", ".rpmnew", ".orig", ".bak", "~")
-_SERVICES_MAX = 256
-# Where distributions build libpam to look, and what it takes besides.
-_MODULE_DIRECTORIES = ("/lib", "/usr/lib", "/lib64", "/usr/lib64")
-_BESIDE = "pam_unix.so"
-_LOAD = "import ctypes, os, sys; m = ctypes.CDLL(sys.argv[1], os.RTLD_NOW); m.pam_sm_acct_mgmt; m.pam_sm_open_session"
-_REGULAR = FileRule("a regular file", 0o022, stat.S_ISREG)
+# Where libpam looks for a service that the administrator's directory has not: the distribution's own.
+_VENDOR = Path("/usr/lib/pam.d")
+_OTHER = "other"
+# libpam before 1.6 reads so much of a line at once, and takes what is left for a line of its own (BUF_SIZE).
+_LINE_MAX = 1023
+# "required", but that libpam goes on where the module is missing: what docs/admin.md recommends.
+_CONTROL = "[success=ok new_authtok_reqd=ok ignore=ignore module_unknown=ignore default=bad]"
 _KINDS = ("auth", "account", "password", "session")
 # Options that each line has for itself.
 _OF_ONE_LINE = frozenset({"timeout_ms", "log_level"})
@@ -37,18 +34,45 @@ def look_at_stack(scene: Scene) -> Iterator[Finding]:
     try:
         stack = lines_of(scene.service, scene.pam_directory)
     except OSError as error:
-        file = error.filename or scene.pam_directory / scene.service
         where = scene.pam_directory / scene.service
-        yield failure(
-            "pam", f"{file} cannot be read: {error.strerror}", f"libpam refuses {where} as a whole: put {file} right"
-        )
+        file = error.filename or where
+        if error.errno == errno.ENOENT and str(file) == str(where):
+            yield judge_missing(scene.service, where, *_in_its_place(scene))
+            return
+        remedy = f"libpam refuses {where} as a whole, or never comes back from it: put {file} right"
+        yield failure("pam", f"{file} cannot be read: {error.strerror}", remedy)
         return
-    yield from judge_stack(scene.service, scene.pam_directory / scene.service, stack)
+    yield from judge_stack(scene.service, scene.pam_directory / scene.service, stack, not is_login_node(scene))
     yield from judge_sockets(stack, scene.settings.agent.pam_socket)
+    yield from judge_time(stack, scene.settings.callerid.timeout_ms)
     for path in dict.fromkeys(
         (scene.pam_directory, scene.pam_directory / scene.service, *(line.file for line in stack))
     ):
         yield from judge_file(path, os.stat(path))
+
+
+def judge_missing(service: str, where: Path, instead: Optional[Path], stack: Sequence[PamLine]) -> Finding:
+    """The service has no file. ``instead`` is what libpam goes by, with these lines."""
+    if instead is None:
+        return failure("pam", f"{where} is missing: libpam lets nobody in", f"put the distribution's {service} there")
+    if any(line.loads(MODULE) and line.kind == "account" for line in stack):
+        return warning("pam", f"{where} is missing: libpam goes by {instead}", f"cp {instead} {where}, and look again")
+    shut = shut_by("account", stack)
+    effect = f"lets nobody in ({shut})" if shut is not None else f"has no line of {MODULE}: users come in, into no job"
+    seen = f"{where} is missing: libpam goes by {instead}, which {effect}"
+    return failure("pam", seen, f"put the distribution's {service} there, and the lines of {MODULE} into it")
+
+
+def _in_its_place(scene: Scene) -> Tuple[Optional[Path], Sequence[PamLine]]:
+    places = [(scene.pam_directory, _OTHER)]
+    if scene.pam_directory == PAM_DIRECTORY:
+        places = [(_VENDOR, scene.service), *places, (_VENDOR, _OTHER)]
+    for directory, name in places:
+        try:
+            return directory / name, lines_of(name, directory)
+        except OSError:
+            continue
+    return None, ()
 
 
 def judge_file(path: Path, status: os.stat_result) -> Iterator[Finding]:
@@ -63,15 +87,17 @@ def judge_file(path: Path, status: os.stat_result) -> Iterator[Finding]:
         )
 
 
-def judge_stack(service: str, file: Path, stack: Sequence[PamLine]) -> Iterator[Finding]:
-    """What the lines of one service come to."""
+def judge_stack(service: str, file: Path, stack: Sequence[PamLine], wanted: bool = True) -> Iterator[Finding]:
+    """What the lines of one service come to. ``wanted``: whether one of ours is to be there."""
     ours = [line for line in stack if line.loads(MODULE)]
     kinds = {line.kind for line in ours}
-    if "account" not in kinds:
+    if "account" not in kinds and not wanted:
+        yield ok("pam", f"no line of {file} loads {MODULE}, as is right on a login node")
+    elif "account" not in kinds:
         yield warning(
             "pam",
-            f"no account line of {file} loads {MODULE}: logins are neither refused nor adopted",
-            f"add to {file}, behind the other account lines: account required {MODULE}",
+            f"no account line of {file} loads {MODULE}: logins are neither refused nor adopted{_by_other(stack)}",
+            f"add to {file}, behind the other account lines: account {_CONTROL} {MODULE} mode=observe",
         )
     if "account" in kinds and "session" not in kinds:
         systemd = any(line.kind == "session" and line.loads("pam_systemd.so") for line in stack)
@@ -79,7 +105,7 @@ def judge_stack(service: str, file: Path, stack: Sequence[PamLine]) -> Iterator[
         yield warning(
             "pam",
             f"{MODULE} is in the account stack only: keyboard-interactive logins are not adopted{more}",
-            f"add at the end of {file}: session required {MODULE}",
+            f"add at the end of {file}: session {_CONTROL} {MODULE}, with the account line's options",
         )
     for line in stack:
         form = _form_fault(line)
@@ -91,19 +117,44 @@ def judge_stack(service: str, file: Path, stack: Sequence[PamLine]) -> Iterator[
         elif overshoots(line, stack):
             seen = f"{line}: {line.control}: it jumps over more lines than follow, and libpam lets nobody in for that"
             yield failure("pam", seen, "count again the lines that are to be skipped; a substack is one")
+    for kind in ("account", "session"):
+        shut = shut_by(kind, stack)
+        if shut is not None:
+            seen = f"{shut}: pam_deny.so is asked for everybody: no {kind} gets past it"
+            yield failure("pam", seen, "take it out, or let a line above jump over it for those who may come in")
+    told: Set[str] = set()
     for line in ours:
         faults = wrong_options(line)
-        for fault in faults:
-            yield failure("pam", f"{line}: {fault}", "until it is right, only root can log in")
-        if not faults:
+        if faults:
+            # What is expected is said once.
+            *first, last = faults
+            words = "; ".join((*(fault.partition(", expected one of")[0] for fault in first), last))
+            remedy = "until it is right, only root can log in"
+            if words in told:
+                words, remedy = words.partition(", expected")[0], "as above"
+            told.add(words)
+            blanks = "; there are no blanks around the =" if "=" in line.options else ""
+            yield failure("pam", f"{line}: {words}", remedy + blanks)
+        else:
             # A path of an included file may be told by several stacks.
             yield from _judge_line(service, line, stack)
     yield from _judge_together(ours, stack)
 
 
+def _by_other(stack: Sequence[PamLine]) -> str:
+    if any(line.kind == "account" for line in stack):
+        return ""
+    return f" (it has no account line at all: libpam takes those of the service {_OTHER})"
+
+
 def _form_fault(line: PamLine) -> Optional[Tuple[str, str]]:
     """What makes a line none at all, and what to do about it."""
     words = (line.kind, line.control, line.module, *line.options)
+    if any("\0" in word for word in words):
+        return "has a byte of zero in it, where libpam's line ends", f"it may be UTF-16: file {line.file}"
+    if sum(len(word) + 1 for word in words) > _LINE_MAX:
+        seen = f"is longer than {_LINE_MAX} characters: libpam before 1.6 takes the rest for a line that fails"
+        return seen, "take out options that say what is so by default"
     if any("\r" in word for word in words):
         return "has the line ends of DOS, so names a module that there is not", f"sed -i 's/\\r$//' {line.file}"
     if line.kind not in _KINDS and not line.loads(MODULE):
@@ -142,19 +193,25 @@ def _faults(service: str, line: PamLine, stack: Sequence[PamLine]) -> Iterator[F
         if later.kind == "session" and later.loads("pam_systemd.so"):
             seen = f"{line}: pam_systemd.so comes after it ({later}) and takes the session out of its job again"
             yield warning("pam", seen, f"move the session line of {MODULE} to the end")
+    names = [word.partition("=")[0] for word in line.words]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        said = ", ".join(f"{name}={options[name]}" for name in twice)
+        yield warning("pam", f"{line}: {', '.join(twice)} is there more than once: {said} counts", "leave one of each")
     if options.get("mode", "").lower() == "observe":
         seen = f"{line}: mode=observe: it decides, logs and counts, and lets everybody in, into no job"
         yield warning("pam", seen, "when the log shows what you expect, take mode=observe out of that line")
 
 
 def _refusing(line: PamLine, stack: Sequence[PamLine]) -> Iterator[Finding]:
-    if refuses(line):
-        return
     below = stack[stack.index(line) + 1 :]
     judge = next(
         (each for each in below if each.kind == "account" and name_of(each) in REFUSING and refuses(each)), None
     )
-    if judge is None:
+    if judge is None and refuses(line) and last_options(line).get("action_no_jobs", "").lower() == "ignore":
+        seen = f"{line}: action_no_jobs=ignore, and no line below refuses anybody: users without a job come in"
+        yield warning("pam", seen, "action_no_jobs=deny, or pam_access.so below to say who may come in without a job")
+    elif judge is None and not refuses(line):
         seen = f"{line}: the control is {line.control}, so nobody is refused by it"
         yield warning("pam", seen, f"make it: account required {MODULE} ...")
 
@@ -174,6 +231,8 @@ def _notes(line: PamLine, stack: Sequence[PamLine]) -> str:
         said = options.get("action_generic_failure", "ignore").lower()
         if said == "allow" or (said == "ignore" and not any(name_of(each) in REFUSING for each in below)):
             notes.append(f"action_generic_failure={said}: while the agent is down users come in without a job")
+        if options.get("action_unknown", "newest").lower() == "allow":
+            notes.append("action_unknown=allow: whose job is not known comes in without one")
         above = stack[: stack.index(line)]
         if any(each.kind == "account" and _lets_expired_past(each, line) for each in above):
             notes.append("a user whose password has expired is not asked about")
@@ -233,132 +292,14 @@ def judge_sockets(stack: Sequence[PamLine], answers_at: str) -> Iterator[Finding
                 yield failure("pam", seen, f"put socket={answers_at} on that line, or change [agent] pam_socket")
 
 
-def look_at_nologin(scene: Scene) -> Iterator[Finding]:
-    """What keeps everybody out before we are asked."""
-    for file in ("/etc/nologin", "/run/nologin"):
-        if os.path.lexists(file):
-            yield warning(
-                "pam", f"{file} is there: pam_nologin.so lets nobody in but root", f"rm {file}, once it is time"
+def judge_time(stack: Sequence[PamLine], callerid_ms: int) -> Iterator[Finding]:
+    """Whether a login's time, where a line says it, is longer than a source that does not answer is waited for."""
+    for line in stack:
+        given = last_options(line).get("timeout_ms", "") if line.loads(MODULE) else ""
+        if given.isdigit() and int(given) <= callerid_ms:
+            seen = (
+                f"{line}: timeout_ms={given}, and a source that does not answer may take {callerid_ms}: no time is left"
             )
-
-
-def look_at_services(scene: Scene) -> Iterator[Finding]:
-    """Which other services load the module, and whether it does anything there."""
-    names = sorted(entry.name for entry in scene.pam_directory.iterdir() if not entry.name.endswith(_LEFTOVERS))
-    unread: List[str] = []
-    elsewhere: List[str] = []
-    for name in names[:_SERVICES_MAX]:
-        if name == scene.service or name.startswith("common-") or not (scene.pam_directory / name).is_file():
-            continue
-        try:
-            lines = adopt_lines(name, scene.pam_directory)
-        except OSError as error:
-            unread.append(f"{name} ({error.filename}: {error.strerror})")
-            continue
-        for line in lines:
-            for fault in wrong_options(line):
-                yield failure("pam", f"{line} (service {name}): {fault}", f"until it is right, only root passes {name}")
-        acting = [line for line in lines if last_options(line).get("service", "sshd") in ("*", name)]
-        if acting:
-            elsewhere.append(f"{name} ({acting[0]})")
-        elif lines:
-            seen = f"{lines[0]}: in the stack of {name} it does nothing, for want of service={name}"
-            yield warning("pam", seen, f"add service={name} to it, or take it out if {name} is not to be guarded")
-    if elsewhere:
-        yield ok("pam", f"also asked by {', '.join(elsewhere)}")
-    if unread:
-        yield warning("pam", f"services that libpam refuses: {', '.join(unread)}", "put the named files right")
-
-
-@dataclass(frozen=True)
-class ModuleFile:
-    """One place that libpam may take the module from. ``status`` is (st_mode, st_uid), None where nothing is.
-
-    ``load_error``: what the dynamic linker says, "" where it takes it; None: not tried.
-    """
-
-    path: str
-    status: Optional[Tuple[int, int]]
-    load_error: Optional[str] = None
-
-
-def judge_module(files: Sequence[ModuleFile], line: PamLine) -> Iterator[Finding]:
-    """Whether libpam finds the module that ``line`` names, and can use it."""
-    there = [file for file in files if file.status is not None]
-    # A dash before the line's type does not matter here: libpam refuses all the same, and does not log it (1.5.2).
-    ignored = action_for(line, "module_unknown") == "ignore"
-    effect = "the line is passed over: nobody is refused or adopted" if ignored else "nobody can log in, not even root"
-    if not there:
-        where = ", ".join(file.path for file in files) or "any directory of PAM modules"
-        yield failure("module", f"{line} loads {line.module}, which is not in {where}: {effect}", _reinstall())
-        return
-    for file in there:
-        fault = fault_of(file.status, _REGULAR)
-        if fault is not None:
-            seen = f"{file.path} {fault}: who can write it is root at the next login"
-            yield failure("module", seen, f"chown root:root {file.path} && chmod 0644 {file.path}")
-        elif file.load_error:
-            yield failure("module", f"{file.path} cannot be loaded: {file.load_error}; {effect}", _reinstall())
-        elif file.load_error is None:
-            yield ok("module", f"{file.path} is there; only root can try to load it")
-        else:
-            yield ok("module", f"{file.path} loads")
-
-
-def _reinstall() -> str:
-    return "install the package adoptd again (built for this machine), or take the line out"
-
-
-def look_at_module(scene: Scene) -> Iterator[Finding]:
-    """The file of the module, as the first line that loads it names it."""
-    try:
-        lines = adopt_lines(scene.service, scene.pam_directory)
-    except OSError:
-        return  # said by look_at_stack
-    for module in dict.fromkeys(line.module for line in lines):
-        line = next(line for line in lines if line.module == module)
-        yield from judge_module(
-            [_module_file(path, scene.root, 0.9 * scene.timeout_s) for path in _paths_of(module)], line
-        )
-
-
-def _paths_of(module: str) -> List[str]:
-    """Where libpam looks for a module: the path itself, or the directories that have the usual modules."""
-    if module.startswith("/"):
-        return [module]
-    directories = [Path(top) / "security" for top in _MODULE_DIRECTORIES]
-    for top in _MODULE_DIRECTORIES[:2]:
-        directories += sorted(Path(top).glob("*-linux-gnu*/security"))
-    # /lib and /usr/lib are one on most systems.
-    real = dict.fromkeys(directory.resolve() for directory in directories if directory.is_dir())
-    paths = [str(directory / module) for directory in real if (directory / _BESIDE).exists()]
-    others = [str(directory / module) for directory in real if (directory / module).exists()]
-    present = [path for path in paths if os.path.lexists(path)]
-    # Debian's libpam looks in /usr/lib/security besides, where its other modules are not.
-    return present or others or paths
-
-
-def _module_file(path: str, root: bool, timeout_s: float) -> ModuleFile:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ModuleFile(path, None)
-    status = (found.st_mode, found.st_uid)
-    if not root or fault_of(status, _REGULAR) is not None:
-        return ModuleFile(path, status)
-    return ModuleFile(path, status, _load_error(path, timeout_s))
-
-
-def _load_error(path: str, timeout_s: float) -> str:
-    """What the dynamic linker has against a module; "" if nothing."""
-    command = [sys.executable, "-I", "-c", _LOAD, path]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False, env={"LC_ALL": "C"}
-        )
-    except subprocess.TimeoutExpired:
-        return f"not loaded after {timeout_s:.0f} s"
-    if done.returncode == 0:
-        return ""
-    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    return lines[-1].partition(": ")[2] or lines[-1] if lines else f"the linker ended with {done.returncode}"
+            yield warning(
+                "pam", seen, "take timeout_ms out of that line (it is 1000 then), or lower [callerid] timeout_ms"
+            )

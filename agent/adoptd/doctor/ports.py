@@ -5,11 +5,13 @@ Owns what is concluded from the kernel's tables of listeners. Called through the
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, FrozenSet, Iterator, List, Optional, Tuple
+from typing import Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple
 
 import psutil
 
@@ -38,6 +40,8 @@ def look_at_ports(scene: Scene) -> Iterator[Finding]:
     if metrics.enabled:
         wanted.append(("metrics", metrics.listen, metrics.port))
     ports = frozenset(port for _, _, port in wanted)
+    if section.enabled:
+        yield from judge_addresses(section.listen, [each for each in section.listen if not is_ours(each)])
     yield from judge_loopback(_is_up("lo"))
     ipv6 = Path("/proc/net/if_inet6").exists()
     yield from judge_ports(wanted, _listeners(ports, Path("/proc")), scene.settings.callerid.enabled, ipv6)
@@ -56,11 +60,11 @@ def judge_ports(
             if there.version == 6 and not ipv6:
                 yield failure("port", f"{seen}, and this host has no IPv6", f"take {address} out of [callerid] listen")
             elif what == "callerid":
-                yield failure("port", seen, "systemctl restart adoptd; other nodes cannot ask this one until then")
+                remedy = "systemctl restart adoptd; other nodes cannot ask this one until then"
+                yield failure("port", seen, remedy, cause="agent")
             else:
-                yield warning(
-                    "port", seen, "systemctl restart adoptd; Prometheus has nothing from this node until then"
-                )
+                remedy = "systemctl restart adoptd; Prometheus has nothing from this node until then"
+                yield warning("port", seen, remedy, cause="agent")
         elif foreign:
             who = ", ".join(foreign[0].holders) or "a program"
             seen = f"{address} port {port} ({what}) is held by {who} of uid {foreign[0].uid}, who is not root"
@@ -74,6 +78,28 @@ def judge_ports(
         yield warning(
             "port", "other nodes are not asked: [callerid] enabled is false", "set it to true for several jobs per node"
         )
+
+
+def judge_addresses(listen: Sequence[str], foreign: Sequence[str]) -> Iterator[Finding]:
+    """``foreign``: those of ``listen`` that no device here has."""
+    if foreign:
+        seen = f"[callerid] listen has {', '.join(foreign)}, which is no address of this host: nobody can ask there"
+        yield failure("port", seen, "ip address; put this host's own there, or take it out")
+    if all(ipaddress.ip_address(each).is_loopback for each in listen):
+        seen = "[callerid] listen has loopback addresses alone: no other node can ask this one"
+        yield warning("port", seen, 'listen = ["0.0.0.0", "::"], or this host\'s address in the cluster')
+
+
+def is_ours(address: str) -> bool:
+    """Whether a device of this host has it."""
+    there = ipaddress.ip_address(address)
+    try:
+        with socket.socket(socket.AF_INET6 if there.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as attempt:
+            attempt.bind((address, 0))
+    except OSError as error:
+        # A host without IPv6 is said otherwise.
+        return error.errno != errno.EADDRNOTAVAIL or there.is_unspecified
+    return True
 
 
 def judge_loopback(up: Optional[bool]) -> Iterator[Finding]:

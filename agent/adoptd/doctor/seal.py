@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 import pwd
+import re
 import stat
 from typing import Iterator, Optional, Tuple
 
 from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, status_of, warning
+from adoptd.doctor.processes import running
 from adoptd.seal import SealError
 from adoptd.slurm_site import configured_seal, slurm_conf, slurm_site
 
@@ -20,9 +22,11 @@ _WORD = b"doctor"
 _KEY = FileRule("a regular file", 0o077, stat.S_ISREG)
 _DIRECTORY = FileRule("a directory", 0o022, stat.S_ISDIR)
 _MUNGE_KEY = "/etc/munge/munge.key"
+_MUNGE_SOCKET = "/run/munge/munge.socket.2"
 # TIME_ERROR of adjtimex(2): nothing has set the clock right.
 _TIME_ERROR = 5
 _TIMEX_BYTES = 512
+_MOMENT_S = 1.0
 
 _REMEDIES = {
     "munge": "systemctl restart munge, and look at journalctl -u munge",
@@ -48,15 +52,45 @@ def look_at_seal(scene: Scene) -> Iterator[Finding]:
         finally:
             seal.close()
     except SealError as error:
-        remedy = "apt install libmunge2 (again)" if "cannot be loaded" in str(error) else _REMEDIES[asked]
-        yield failure("seal", f"nodes cannot ask each other: {error}", remedy)
+        yield failure("seal", f"nodes cannot ask each other: {error}", remedy_for(asked, str(error)))
         return
+    if asked == "auto" and seal.scheme == "key" and status_of(_MUNGE_KEY) is not None:
+        seen = "[seal] scheme auto takes the key file, as munged does not answer: nodes where it does seal otherwise"
+        yield warning("seal", seen, "systemctl restart munge adoptd, or the same [seal] scheme on all nodes")
     why = f"{asked} takes it" if asked == "auto" else "as configured"
     if opened.payload == _WORD and opened.uid == 0:
         yield ok("seal", f"{seal.scheme} ({why}): sealed and opened as uid 0")
     else:
         seen = f"{seal.scheme}: sealed by root, and opened as of uid {opened.uid}: agents would not believe it"
         yield failure("seal", seen, _REMEDIES[seal.scheme])
+
+
+# What the error has in it, and what to do. Where nothing fits, what goes for the scheme.
+_FAULTS: Tuple[Tuple[str, str], ...] = (
+    ("no scheme to seal with", _REMEDIES["auto"]),
+    ("cannot be loaded", "apt install libmunge2 (again)"),
+    (
+        "Permission denied",
+        "munged's socket is shut: chmod 0755 /run/munge; chmod 0777 its socket; systemctl restart munge",
+    ),
+    (
+        "neither slurm.jwks nor slurm.key",
+        'put Slurm\'s key there, if AuthType is auth/slurm; else [seal] scheme = "auto"',
+    ),
+    ("symbolic link", "put the file itself in the link's place: install -m 0600 -o root KEY /etc/adoptd/adoptd.key"),
+)
+
+
+def remedy_for(scheme: str, error: str) -> str:
+    """What to do about an error of the seal that ``scheme`` asks for."""
+    for words, remedy in _FAULTS:
+        if words in error:
+            return remedy
+    socket = re.search(r'"(/[^"]+)"', error)
+    if socket is not None and socket[1] != _MUNGE_SOCKET:
+        named = f"{socket[1]} is where slurm.conf (AuthInfo) or [seal] munge_socket has munged's socket"
+        return f"{named}: put that right, or have munged listen there (--socket)"
+    return _REMEDIES[scheme]
 
 
 def look_at_keys(scene: Scene) -> Iterator[Finding]:
@@ -73,6 +107,8 @@ def look_at_keys(scene: Scene) -> Iterator[Finding]:
         yield from judge_key(
             _MUNGE_KEY, status_of(_MUNGE_KEY), (0, munge), needed=scene.settings.seal.scheme == "munge"
         )
+        started_s = max((daemon.started_s for daemon in running("munged")), default=None)
+        yield from judge_munged(_MUNGE_KEY, _changed_s(_MUNGE_KEY), started_s)
     if key_file is not None and site is not None:
         yield from judge_key(str(key_file), status_of(str(key_file)), (0, *site.owners), needed=False, group=True)
 
@@ -89,12 +125,32 @@ def judge_key(
     fault = fault_of(status, rule, owners)
     if fault is None:
         yield ok("key", f"{path} is not for others")
+    elif not rule.kind(status[0]):
+        # It is not read: nobody has it.
+        if needed:
+            yield failure("key", f"{path} {fault}: it is not read", f"install -m 0600 -o root KEY {path} (no link)")
     else:
         owner = next((uid for uid in owners if uid != 0), 0)
         seen = f"{path} {fault}: whoever can read it can be an agent of any node"
         yield failure(
             "key", seen, f"chown {owner} {path} && chmod 0400 {path}, and a new key if others may have read it"
         )
+
+
+def judge_munged(path: str, changed_s: Optional[float], started_s: Optional[float]) -> Iterator[Finding]:
+    """A daemon that has read another key than is there now; times by the wall clock, None where not known."""
+    # When a process began is known to a hundredth of a second, and it reads its key a moment later.
+    if changed_s is not None and started_s is not None and changed_s > started_s + _MOMENT_S:
+        seen = f"{path} was changed after munged started, which goes by the one before: after a restart it is another"
+        yield warning("key", seen, "systemctl restart munge on all nodes that have the new key")
+
+
+def _changed_s(path: str) -> Optional[float]:
+    # Not the time of its inode, which a chown sets as well.
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return None
 
 
 def look_at_clock(scene: Scene) -> Iterator[Finding]:

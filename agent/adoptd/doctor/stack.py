@@ -99,6 +99,19 @@ def reached(line: PamLine, stack: Sequence[PamLine]) -> Reached:
     return Reached(Reach.ALL) if gate is None else Reached(Reach.SOME, gate)
 
 
+# What pam_deny.so says (modules/pam_deny/pam_deny.c).
+_DENIED = {"auth": "auth_err", "account": "auth_err", "session": "session_err", "password": "authtok_err"}
+
+
+def shut_by(kind: str, stack: Sequence[PamLine]) -> Optional[PamLine]:
+    """The line of pam_deny.so that everybody meets, whatever all others say; None if there is none."""
+    for line in stack:
+        denies = line.kind == kind and name_of(line) == "pam_deny.so"
+        if denies and action_for(line, _DENIED[kind]) in ("bad", "die") and reached(line, stack).reach is Reach.ALL:
+            return line
+    return None
+
+
 def overshoots(line: PamLine, stack: Sequence[PamLine]) -> bool:
     """Whether a yes of ``line`` jumps over more lines than there are: libpam refuses everybody then."""
     action = action_for(line, "success")

@@ -1,0 +1,127 @@
+"""Processes of this host, for the doctor: by name, by what they hold, and the agent among them.
+
+Owns the reading of /proc for that. Of a process that is not asked about nothing but its name is read: its command
+line is in its memory, which may be locked for long. Changes nothing. Called by the checks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, FrozenSet, Iterable, Iterator, List, Optional, Tuple, Union
+
+from adoptd.process import started_ns
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Running:
+    """One process. ``started_s``: when, by the wall clock; ``program``: its file, "" where that is not to be seen.
+
+    ``state``: one letter, as ps shows it. ``uid``: whose it is.
+    """
+
+    pid: int
+    name: str
+    title: str
+    program: str
+    started_s: float
+    state: str
+    uid: int
+
+
+def running(part: str, proc: Path = PROC) -> Iterator[Running]:
+    """Processes that have ``part`` in their name, of our mount namespace: one in a container has other files."""
+    ours = link(proc / "self/ns/mnt")
+    for pid in pids(proc):
+        # The one thing that is read of all of them: on a big node there are thousands.
+        name = read(f"{proc}/{pid}/comm").strip()
+        place = proc / str(pid)
+        if part not in name or link(place / "ns/mnt") != ours:
+            continue
+        started = started_ns(pid, str(proc))
+        if started is None:
+            continue
+        since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        yield Running(
+            pid,
+            name,
+            read(place / "cmdline").replace("\0", " ").strip(),
+            link(place / "exe"),
+            time.time() - since_boot_s + started / 1e9,
+            read(place / "stat").rpartition(")")[2].strip()[:1],
+            _owner(place),
+        )
+
+
+def pids(proc: Path = PROC) -> List[int]:
+    """All that there are."""
+    return [int(name) for name in os.listdir(proc) if name.isdigit()]
+
+
+def agent_pid(pam_socket: str, proc: Path = PROC) -> Optional[int]:
+    """Who holds the agent's lock; None if nobody does, or it cannot be told. Never by locking: an agent may start."""
+    lock = f"{pam_socket}.lock"
+    word = read(Path(lock)).strip()
+    if not (word.isascii() and word.isdigit()):
+        return None
+    return int(word) if any(link(fd) == lock for fd in _descriptors(proc / word)) else None
+
+
+def holders_of(sockets: Iterable[int], proc: Path = PROC) -> Dict[int, Tuple[int, ...]]:
+    """The processes that have these sockets open, by the sockets' inodes."""
+    wanted = {f"socket:[{inode}]": inode for inode in sockets}
+    found: Dict[int, Tuple[int, ...]] = {}
+    for pid in pids(proc) if wanted else ():
+        for inode in {wanted[each] for each in map(link, _descriptors(proc / str(pid))) if each in wanted}:
+            found[inode] = (*found.get(inode, ()), pid)
+    return found
+
+
+def names_of(found: Iterable[int], proc: Path = PROC) -> str:
+    """Processes as people are told of them."""
+    return ", ".join(f"{read(proc / str(pid) / 'comm').strip() or '?'} (pid {pid})" for pid in found)
+
+
+def capabilities_of(pid: int, proc: Path = PROC) -> Optional[FrozenSet[int]]:
+    """The numbers of those in force; None where they cannot be told."""
+    for line in read(proc / str(pid) / "status").splitlines():
+        name, _, value = line.partition(":\t")
+        if name == "CapEff":
+            bits = int(value, 16)
+            return frozenset(number for number in range(64) if bits >> number & 1)
+    return None
+
+
+def read(file: Union[Path, str]) -> str:
+    """What is in a file of /proc; "" where there is none."""
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            return (opened.read() or b"").decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def link(path: Union[Path, str]) -> str:
+    """What a link says; "" where there is none."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _descriptors(place: Path) -> List[str]:
+    try:
+        return [f"{place}/fd/{name}" for name in os.listdir(place / "fd")]
+    except OSError:
+        return []
+
+
+def _owner(place: Path) -> int:
+    try:
+        return os.stat(place).st_uid
+    except OSError:
+        return -1
