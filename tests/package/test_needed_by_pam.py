@@ -37,6 +37,10 @@ WRITTEN = (
     "{kind} {control} /lib/security/nowhere/pam_adopt.so",
     "{kind} {control} \\\n pam_adopt.so",
     "  {kind} {control} pam_adopt.so # why",
+    "# a comment is not continued \\\n{kind} {control} pam_adopt.so",
+    "{kind} {control} \\ \t\n pam_adopt.so",
+    "{kind} {control} \\\n# in between\n\n pam_adopt.so",
+    "{kind} {control} \\\n \\\n pam_adopt.so # why \\\n{kind} required pam_permit.so",
 )
 
 
