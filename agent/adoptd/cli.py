@@ -33,7 +33,9 @@ from adoptd.printing import (
     print_jobs,
     print_joined,
     print_sessions,
+    print_status,
     print_whereami,
+    with_counted,
 )
 from adoptd.wire.control import Command, Result
 
@@ -65,12 +67,18 @@ def adoptd_parser() -> argparse.ArgumentParser:
     run.set_defaults(carry_out=_run)
 
     loaded = commands.add_parser("probe", help="load, unload or look at the BPF probe")
-    loaded.add_argument("action", choices=("load", "unload", "status"), help="what to do with it")
+    loaded.add_argument(
+        "action",
+        choices=("load", "unload", "status"),
+        help="compile and pin it where it is not; take it away; say whether it is there and passes its self-test",
+    )
     loaded.add_argument("--json", action="store_true", help="print one JSON document")
     loaded.set_defaults(carry_out=_probe)
 
-    settings = commands.add_parser("config", help="check the configuration, or show the one in force")
-    settings.add_argument("action", choices=("check", "show"), help="say what is wrong, or print all keys")
+    settings = commands.add_parser("config", help="check the configuration's files, or show what they say")
+    settings.add_argument(
+        "action", choices=("check", "show"), help="say what is wrong; print every key as the files have it"
+    )
     settings.set_defaults(carry_out=_config)
 
     examine = commands.add_parser("doctor", help="say whether logins on this node will do what is expected")
@@ -102,8 +110,10 @@ def adoptctl_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"adoptctl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    status = commands.add_parser("status", help="how the agent is")
-    status.set_defaults(carry_out=_ask(lambda given: Command("status", {}), print_fields))
+    status = commands.add_parser(
+        "status", help="how the agent is: its witnesses, its probe, how many sessions it knows"
+    )
+    status.set_defaults(carry_out=_ask(lambda given: Command("status", {}), print_status))
 
     jobs = commands.add_parser("jobs", help="the jobs on this node (root: everybody's)")
     jobs.set_defaults(carry_out=_ask(lambda given: Command("jobs", {}), print_jobs))
@@ -124,7 +134,7 @@ def adoptctl_parser() -> argparse.ArgumentParser:
     what.add_argument("session", nargs="?", metavar="SESSION_OR_PID", help="a session, or a process of one")
     what.add_argument("--user", help="who would log in")
     explain.add_argument("--from", dest="source", type=_endpoint, metavar="IP:PORT", help="the ssh client's end")
-    explain.add_argument("--to", type=_endpoint, metavar="IP:PORT", help="sshd's end (default: port 22 here)")
+    explain.add_argument("--to", type=_endpoint, metavar="IP:PORT", help="the end of sshd (default: port 22 here)")
     explain.add_argument(
         "--option", action="append", metavar="NAME=VALUE", help="a PAM option (default: those of the PAM service sshd)"
     )
@@ -157,7 +167,9 @@ def adoptctl_parser() -> argparse.ArgumentParser:
 def _carry_out(given: argparse.Namespace) -> int:
     try:
         status: int = given.carry_out(given)
-        sys.stdout.flush()
+        # There is none where the shell has closed it (>&-).
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except ConfigError as error:
         print(f"{given.command}: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -192,19 +204,19 @@ def _probe(given: argparse.Namespace) -> int:
     pin_dir = Path(section.pin_dir)
     source_dir = Path(section.source_dir) if section.source_dir else None
     if given.action == "unload":
-        print(probe.unload(pin_dir), file=sys.stderr)
+        print(f"probe: {probe.unload(pin_dir)}", file=sys.stderr)
         if given.json:
             _print_json(dataclasses.asdict(probe.status(pin_dir, source_dir)))
         return 0
     if given.action == "load":
-        print(probe.load(pin_dir, source_dir), file=sys.stderr)
+        print(f"probe: {probe.load(pin_dir, source_dir)}", file=sys.stderr)
     status = probe.status(pin_dir, source_dir)
     self_test = _self_test(pin_dir, source_dir) if status.problem is None else "not tried"
     shown: Result = {**dataclasses.asdict(status), "self_test": self_test}
     if given.json:
         _print_json(shown)
     else:
-        print_fields(shown)
+        print_fields(with_counted(shown, "counters"))
     return 0 if self_test == "ok" else EXIT_FAILED
 
 
@@ -222,7 +234,9 @@ def _config(given: argparse.Namespace) -> int:
     if given.action == "show":
         print(config.show(settings), end="")
     else:
-        print(f"{given.config}: right")
+        # By name: a file of conf.d that is not named *.toml is not read, and nothing would say so.
+        beside = sorted(given.config.parent.glob("conf.d/*.toml"))
+        print(f"{', '.join(str(path) for path in (given.config, *beside))}: right")
     return 0
 
 
@@ -271,6 +285,9 @@ def _watch(given: argparse.Namespace) -> int:
         line = json.dumps(event) if given.json else event_line(event)
         if line and "watching" not in event:
             print(line, flush=True)
+        elif "watching" in event and sys.stderr.isatty():
+            # Only to somebody at a terminal, who would otherwise wonder at a screen without a line.
+            print("-- watching; Ctrl-C ends it", file=sys.stderr)
     return EXIT_FAILED
 
 

@@ -20,13 +20,27 @@ _LONG = frozenset({"stages", "service", "pid", "by_uid", "connection", "detail"}
 
 
 def print_fields(result: Result, indent: str = "") -> None:
-    """Name and value, one a line, nested objects indented; what is not known is left out."""
+    """Name and value, one a line, nested objects indented; what is not known, or is empty, is left out."""
     for name, value in result.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             print(f"{indent}{scrub(name)}:")
             print_fields(value, indent + "  ")
-        elif value not in (None, ""):
+        elif isinstance(value, (bool, int, float)) or value:
             print(f"{indent}{scrub(name) + ':':24} {_text(value)}")
+
+
+def print_status(result: Result) -> None:
+    """The fields, and of the probe's counters those that have counted: most never do."""
+    probe = result.get("probe")
+    if isinstance(probe, dict):
+        result = {**result, "probe": with_counted(probe, "events")}
+    print_fields(result)
+
+
+def with_counted(result: Result, name: str) -> Result:
+    """``result``, its table of counters ``name`` without those at 0."""
+    counters = result.get(name)
+    return {**result, name: {each: n for each, n in counters.items() if n}} if isinstance(counters, dict) else result
 
 
 def print_jobs(result: Result) -> None:
@@ -41,7 +55,7 @@ def print_sessions(result: Result) -> None:
     print(f"{'SESSION':20} {'USER':12} {'JOB':12} {'SINCE':19} {'REASON':10} {'WITNESS':9} FROM")
     for row in _rows(result, "sessions"):
         since = _local_time(row.get("since"), "%Y-%m-%d %H:%M:%S")
-        witness, source = row.get("witness") or "-", row.get("from") or "-"
+        witness, source = _witness(row) or "-", row.get("from") or "-"
         words = (f"{_text(row[name]):{width}}" for name, width in (("session", 20), ("user", 12), ("job", 12)))
         print(*words, f"{since:19}", f"{_text(row['reason']):10}", f"{_text(witness):9}", _text(source))
 
@@ -72,7 +86,8 @@ def print_whereami(result: Result) -> None:
             print(f"tasks:   {running}limit {_text(limits['pids_max'])}")
     session = result.get("session")
     if isinstance(session, dict):
-        why = _text(session.get("reason")) + (f" by {_text(session['witness'])}" if session.get("witness") else "")
+        witness = _witness(session)
+        why = _text(session.get("reason")) + (f" by {_text(witness)}" if witness else "")
         print(f"session: {_text(session.get('session'))}, put into job {_text(session.get('job'))} ({why})")
     others = result.get("other_jobs")
     if isinstance(others, list) and others:
@@ -109,7 +124,16 @@ def _rows(result: Result, name: str) -> List[Dict[str, object]]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
+def _witness(session: Result) -> object:
+    """Who knew the job that the session is in: nobody, where its user chose it."""
+    return None if session.get("reason") == "join" else session.get("witness")
+
+
 def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(each) for each in value)
     return scrub(f"{value:.2f}" if isinstance(value, float) else str(value))
 
 

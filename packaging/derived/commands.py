@@ -29,11 +29,12 @@ class Argument:
 
 @dataclass(frozen=True)
 class Subcommand:
-    """One of a program's commands."""
+    """One of a program's commands. Of each of ``alternatives``, which are arguments' ``dest``, one is given."""
 
     name: str
     text: str
     arguments: Tuple[Argument, ...]
+    alternatives: Tuple[Tuple[str, ...], ...] = ()
 
     @property
     def options(self) -> Tuple[Argument, ...]:
@@ -55,6 +56,16 @@ class Program:
     options: Tuple[Argument, ...]
     commands: Tuple[Subcommand, ...]
 
+    @property
+    def shared(self) -> Tuple[Argument, ...]:
+        """The options of its commands that all of them have, --help left out."""
+        flags = [{option.flags for option in command.options} for command in self.commands]
+        return tuple(
+            option
+            for option in self.commands[0].options
+            if "--help" not in option.flags and all(option.flags in each for each in flags)
+        )
+
 
 def programs() -> Tuple[Program, ...]:
     """adoptd and adoptctl as their parsers have them."""
@@ -67,8 +78,16 @@ def _program(parser: argparse.ArgumentParser) -> Program:
         if isinstance(action, argparse._SubParsersAction):
             texts = {choice.dest: choice.help or "" for choice in action._choices_actions}
             for name, below in action.choices.items():
-                commands.append(Subcommand(name, texts.get(name, ""), _arguments(below)))
+                commands.append(Subcommand(name, texts.get(name, ""), _arguments(below), _alternatives(below)))
     return Program(parser.prog, parser.description or "", _arguments(parser), tuple(commands))
+
+
+def _alternatives(parser: argparse.ArgumentParser) -> Tuple[Tuple[str, ...], ...]:
+    return tuple(
+        tuple(action.dest for action in group._group_actions)
+        for group in parser._mutually_exclusive_groups
+        if group.required
+    )
 
 
 def _arguments(parser: argparse.ArgumentParser) -> Tuple[Argument, ...]:

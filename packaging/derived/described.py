@@ -26,12 +26,16 @@ class DocumentationError(Exception):
 
 @dataclass(frozen=True)
 class Described:
-    """One key or option. ``default`` and ``expected`` are as a configuration file or a PAM line would have them."""
+    """One key or option. ``default`` and ``expected`` are as a configuration file or a PAM line would have them.
+
+    ``restart``: a reload of the agent does not take another value over.
+    """
 
     name: str
     default: str
     expected: str
     text: str
+    restart: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def configuration(file: Path) -> Tuple[Table, ...]:
                 shown[item.name, key.name],
                 key.metadata["rule"].expected,
                 texts.get((item.name, key.name), ("", ""))[1],
+                key.metadata["rule"].restart,
             )
             for key in dataclasses.fields(section)
         ]

@@ -85,6 +85,7 @@ def _list(items: Sequence[Described], equals: str) -> str:
             else f".It Cm {item.name} Li = {_words(value)}"
         ]
         lines += [_plain(_sentence(item.text)), f"Expected: {_line(item.expected)}."]
+        lines += ["Needs a restart."] * item.restart
     return "\n".join([*lines, ".El"])
 
 
@@ -102,19 +103,35 @@ def _keys(file: Path) -> str:
 def _commands(program: Program) -> str:
     lines = [".Bl -tag -width Ds"]
     for command in program.commands:
-        lines += [f".It Ic {command.name}{''.join(f' {_usage(a)}' for a in (*command.operands, *_shown(command)))}"]
-        lines += [_plain(_sentence(command.text[:1].upper() + command.text[1:]))]
-        described = [argument for argument in (*command.operands, *_shown(command)) if argument.text]
-        if described:
-            lines += [".Bl -tag -width Ds"]
-            for argument in described:
-                lines += [f".It {_term(argument)}", _plain(_sentence(argument.text[:1].upper() + argument.text[1:]))]
-            lines += [".El"]
-    return "\n".join([*lines, ".El"])
+        own = _own(command, program.shared)
+        lines += [f".It Ic {command.name}{''.join(f' {part}' for part in _usage(command, own))}"]
+        lines += [_plain(_sentence(_capital(command.text)))]
+        lines += _described(own)
+    lines += [".El"]
+    if program.shared:
+        lines += [".Pp", "All of them take:", *_described(program.shared)]
+    return "\n".join(lines)
 
 
-def _shown(command: Subcommand) -> Sequence[Argument]:
-    return [option for option in command.options if "--help" not in option.flags]
+def _described(arguments: Sequence[Argument]) -> Sequence[str]:
+    texts = [argument for argument in arguments if argument.text]
+    if not texts:
+        return ()
+    lines = [".Bl -tag -width Ds"]
+    for argument in texts:
+        lines += [f".It {_term(argument)}", _plain(_sentence(_capital(argument.text)))]
+    return [*lines, ".El"]
+
+
+def _own(command: Subcommand, shared: Sequence[Argument]) -> Sequence[Argument]:
+    """What is to be said of a command itself: not what all have, unless it is another thing here."""
+    common = {(option.flags, option.text) for option in shared}
+    options = [each for each in command.options if "--help" not in each.flags and (each.flags, each.text) not in common]
+    return [*command.operands, *options]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _term(argument: Argument) -> str:
@@ -124,9 +141,19 @@ def _term(argument: Argument) -> str:
     return " , ".join(f"Fl {flag[1:]}{value}" for flag in argument.flags)
 
 
-def _usage(argument: Argument) -> str:
-    if not argument.flags:
-        shown = _term(argument) + (" ..." if argument.repeats else "")
-        return shown if argument.required else f"Op {shown}"
-    shown = _term(argument)
-    return shown if argument.required else f"Op {shown}"
+def _usage(command: Subcommand, arguments: Sequence[Argument]) -> Sequence[str]:
+    """The arguments as the head of the command's entry has them; alternatives as one, with a bar between them."""
+    parts: List[str] = []
+    for argument in arguments:
+        group = next((dests for dests in command.alternatives if argument.dest in dests), ())
+        several = " ..." if argument.repeats else ""
+        if group and argument.dest != group[0]:
+            continue
+        if group:
+            parts.append(" | ".join(_term(each) for dest in group for each in arguments if each.dest == dest))
+        elif argument.required:
+            parts.append(_term(argument) + several)
+        else:
+            # Oo and Oc: what Op encloses goes on to the end of the line, the options that follow included.
+            parts.append(f"Oo {_term(argument)} Oc{several}")
+    return parts

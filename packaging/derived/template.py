@@ -12,9 +12,10 @@ from pathlib import Path
 from derived.described import configuration
 
 _HEAD = """\
-# The configuration of adoptd; adoptd.toml(5) says more about each key.
-# What is behind a "#" here is the default. Files of conf.d/ beside this one are read after it, by name.
-# "adoptd config check" says whether all of it is right, "systemctl reload adoptd" has it taken over.
+# The configuration of adoptd, every key with its default. Better than to change this file, which is the package's:
+# write what differs into conf.d/10-site.toml beside it. Files of conf.d/*.toml are read after this one, by name.
+# "adoptd config check" says whether all of it is right, "systemctl reload adoptd" has it taken over, but for the keys
+# marked (restart), which need "systemctl restart adoptd". See adoptd.toml(5).
 """
 _WIDTH = 100
 
@@ -25,9 +26,11 @@ def template(keys: Path) -> str:
     for table in configuration(keys):
         lines = [f"[{table.name}]"]
         for key in table.keys:
-            lines += textwrap.wrap(
-                key.text, _WIDTH, initial_indent="# ", subsequent_indent="# ", break_long_words=False
-            )
+            expected = f"Expected: {key.expected}.{' (restart)' if key.restart else ''}"
+            for text in (key.text, expected):
+                lines += textwrap.wrap(
+                    text, _WIDTH, initial_indent="# ", subsequent_indent="# ", break_long_words=False
+                )
             lines += [f"#{key.name} = {key.default}", ""]
         parts.append("\n".join(lines))
     return "\n".join(parts).rstrip("\n") + "\n"

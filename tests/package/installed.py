@@ -15,7 +15,7 @@ from typing import Dict
 
 from bookworm import APT, System
 
-MODULE = "/usr/lib/x86_64-linux-gnu/security/pam_adopt.so"
+MODULE = "/lib/x86_64-linux-gnu/security/pam_adopt.so"
 # "required", but that libpam goes on where the module is missing: the words that the package recommends.
 RECOMMENDED = "[success=ok new_authtok_reqd=ok ignore=ignore module_unknown=ignore default=bad]"
 LOGIN_TIMEOUT_S = 60

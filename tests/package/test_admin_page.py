@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict
+import re
+from typing import Any, Dict, Iterator, Set
 
 import pytest
 
@@ -19,6 +20,19 @@ from package.installed import Installed
 pytestmark = pytest.mark.timeout(300)
 
 PAGE = read("docs/admin.md")
+
+# What a user asks in a session, one after the other; $$ is the session's own shell.
+DOCUMENTS = (
+    "status",
+    "jobs",
+    "whois 127.0.0.1:1 127.0.0.1:22",
+    "whois 127.0.0.1:1 127.0.0.1:22 --at 127.0.0.1",
+    "explain --user alice",
+    "sessions",
+    "whereami",
+    "explain $$",
+    "join 12",
+)
 
 # $1: the top of the jobs' path in the hierarchy. Documents of one line each go to standard output, the rest to standard
 # error. The agent is root's sole child besides sshd, and both end with the script.
@@ -60,9 +74,39 @@ echo \\$\\$ >"$top/$uid/11/cgroup.procs"
 exec su alice -c '$ssh "grep ^0: /proc/self/cgroup; adoptctl whereami --json"'
 END
 say from_11 "$(sh /root/from_11 2>&1)"
+cat >/root/documents <<END
+echo \\$\\$ >"$top/$uid/11/cgroup.procs"
+exec su alice -c '$ssh "$DOCUMENTS"'
+END
+say documents "$(sh /root/documents)"
 say outside "$(su alice -c "$ssh 'grep ^0: /proc/self/cgroup'" 2>&1)"
 say doctor "$(adoptd doctor --json || :)"
 """
+
+
+def _documents(text: str) -> Iterator[Dict[str, Any]]:
+    """One after the other."""
+    while text.strip():
+        document, end = json.JSONDecoder().raw_decode(text.lstrip())
+        yield document
+        text = text.lstrip()[end:]
+
+
+def described(command: str) -> Set[str]:
+    """The keys that adoptctl(1) names for a command; a session's explanation has those of the list of sessions."""
+    text = read("docs/man/adoptctl.1.in").partition(".Sh JSON")[2].partition(".Sh FILES")[0]
+    entries = {name.split()[0]: entry for name, _, entry in (e.partition("\n") for e in text.split(".It Cm ")[1:])}
+    found = entries[command] + (entries["sessions"] if command == "explain" else "")
+    return set(re.findall(r"\b[a-z_]+\b", found))
+
+
+def keys_of(value: object, within: str = "") -> Set[str]:
+    """All keys of a document, but not those of its tables, whose names are what they are about."""
+    if isinstance(value, list):
+        return {key for each in value for key in keys_of(each)}
+    if not isinstance(value, dict) or within in ("witnesses", "events", "unheard", "releases"):
+        return set()
+    return set(value) | {key for name, each in value.items() for key in keys_of(each, name)}
 
 
 def block(heading: str, kind: str) -> Block:
@@ -92,7 +136,14 @@ def test_as_a_new_administrator(installed: Installed) -> None:
     _give_alice_a_key(installed)
     try:
         done = installed.system.run(
-            ["sh", "-c", FOLLOWED, "sh", top], env={"KEY_COMMAND": key}, offline=True, timeout_s=120, check=False
+            ["sh", "-c", FOLLOWED, "sh", top],
+            env={
+                "KEY_COMMAND": key,
+                "DOCUMENTS": "; ".join(f"adoptctl {each} --json" for each in DOCUMENTS).replace("$", "\\$"),
+            },
+            offline=True,
+            timeout_s=120,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         seen: Dict[str, Any] = {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
@@ -103,6 +154,10 @@ def test_as_a_new_administrator(installed: Installed) -> None:
         assert where.endswith(f"{top}/{_uid(installed)}/11"), (seen, done.stderr)
         assert json.loads(told)["job"] == "11"
         assert seen["outside"][0].endswith(f"{top}/{_uid(installed)}/12"), seen
+        documents = dict(zip(DOCUMENTS, _documents(seen["documents"][0])))
+        for command in DOCUMENTS:
+            assert keys_of(documents[command]) - described(command.split()[0]) == set(), (command, documents[command])
+        assert (documents["explain $$"]["job"], documents["join 12"]["outcome"]) == ("11", "joined")
         findings = json.loads(seen["doctor"][0])["findings"]
         assert [each for each in findings if each["check"] == "pam" and each["grade"] != "ok"] == [], findings
         # What is left of it: the lines of the page, and no agent.
@@ -111,6 +166,34 @@ def test_as_a_new_administrator(installed: Installed) -> None:
         assert removed.returncode == 0, removed.stderr
         assert installed.logs_in("root")
         assert installed.logs_in("alice")
+    finally:
+        installed.system.write("/etc/pam.d/sshd", before)
+
+
+def test_the_lines_are_added_and_taken_out(installed: Installed) -> None:
+    """By the page's commands, to Debian's own file: what is shown there, then that without observing, then nothing."""
+    installed.ensure()
+    before = installed.system.path("/etc/pam.d/sshd").read_text(encoding="utf-8")
+    add, enforce, back = [each.text for each in blocks(PAGE, "sh") if each.heading == "Begin by observing"]
+    shown = [line for line in block("Begin by observing", "pam").text.splitlines() if "pam_adopt" in line]
+    try:
+        for commands, expected in (
+            (add, shown),
+            (enforce, [line.replace(" mode=observe", "") for line in shown]),
+            (back, []),
+        ):
+            # Its last words are the doctor's, who finds no agent here.
+            installed.system.run(["sh", "-ec", commands.replace("adoptd doctor", ":")])
+            lines = installed.system.path("/etc/pam.d/sshd").read_text(encoding="utf-8").splitlines()
+            assert [line for line in lines if line not in before.splitlines()] == expected
+            if expected:
+                assert lines[lines.index("@include common-account") + 1] == expected[0]
+                assert lines[-1] == expected[1]
+            # No agent answers, and by default that is left to the other lines.
+            assert installed.logs_in("root")
+            assert installed.logs_in("alice")
+        assert installed.system.path("/etc/pam.d/sshd").read_text(encoding="utf-8") == before
+        assert installed.system.path("/root/sshd.before-adoptd").read_text(encoding="utf-8") == before
     finally:
         installed.system.write("/etc/pam.d/sshd", before)
 

@@ -8,10 +8,11 @@ import subprocess
 import tarfile
 from io import BytesIO
 from pathlib import Path
-from typing import Mapping
+from typing import Dict, List, Mapping, Tuple
 
 import pytest
 
+from documents import links, read
 from package.conftest import ROOT
 from package.installed import MODULE
 
@@ -41,6 +42,22 @@ def test_it_depends_on_the_distributions_packages(deb: Path) -> None:
     names = {{"pyjwt": "python3-jwt"}.get(name, f"python3-{name}") for name in asked}
     assert names | {"python3-bpfcc"} <= depends
     assert "python3-tomli" in _field(deb, "Depends")
+
+
+def needed_packages() -> List[Tuple[str, str, str]]:
+    """What docs/admin.md says that a node needs: package, at least which version, which one Debian 12 has."""
+    rows = re.findall(r"^\| `(python3[\w-]*)`[^|]*\| *([\d.]*) *\| *([\d.]*) *\|", read("docs/admin.md"), re.MULTILINE)
+    return [(name, least, there) for name, least, there in rows]
+
+
+def test_the_guide_says_what_it_depends_on(deb: Path) -> None:
+    """The same packages, and the same least versions."""
+    found: Dict[str, str] = {}
+    for each in re.split(r", | \| ", _field(deb, "Depends")):
+        name, _, version = each.partition(" (>= ")
+        if name.startswith("python3"):
+            found.setdefault(name.partition(":")[0], version.rstrip("~)"))
+    assert {name: least for name, least, _ in needed_packages()} == found
 
 
 def test_every_file_is_where_it_belongs(deb: Path) -> None:
@@ -89,6 +106,18 @@ def test_the_clones_files_that_nodes_need_are_in_it(deb: Path) -> None:
         ).stdout.split("\n")
         wanted = [f"{place}/{Path(name).relative_to(top)}" for name in known if name and (ROOT / name).exists()]
         assert [name for name in wanted if name not in files] == []
+
+
+def test_its_pages_lead_to_each_other(deb: Path, tmp_path: Path) -> None:
+    """Laid out as in the clone and not compressed: a link is to what is there. The picture alone is not on a node."""
+    subprocess.run(["dpkg-deb", "-x", deb, tmp_path], check=True)
+    top = tmp_path / "usr/share/doc/adoptd"
+    pages = [*top.glob("*.md"), *top.glob("docs/*.md")]
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} | {"README.md"} <= {page.name for page in pages}
+    for page in pages:
+        for link in links(page.read_text(encoding="utf-8")):
+            target = page.parent / link.partition("#")[0]
+            assert re.match(r"https?:", link) or target.suffix == ".png" or target.exists(), f"{page.name}: {link}"
 
 
 def test_nothing_is_brought_along(deb: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Dict
 
 import pytest
 
 from package.installed import MODULE, RECOMMENDED, Installed
+from package.test_deb import needed_packages
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -96,6 +98,10 @@ def test_the_distributions_own_versions_are_what_it_runs_on(installed: Installed
         ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status} ${Version}\n", *names]
     ).stdout
     assert [line.split()[:2] for line in shown.splitlines()] == [[name, "installed"] for name in sorted(names)]
+    versions = {name: version for name, _, version in map(str.split, shown.splitlines())}
+    for name, _, there in needed_packages():
+        # Up to the upstream version; what Debian appends changes with its updates.
+        assert not there or re.match(rf"{re.escape(there)}([^\d.]|$)", versions[name]), name
     below = [path.name for path in installed.system.path("/usr/share/adoptd/agent").iterdir()]
     assert below == ["adoptd"]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -54,6 +56,44 @@ def test_groff_renders_it_without_a_warning(made: Path, page: str) -> None:
     assert done.stderr == ""
     assert "NAME" in done.stdout
     assert "SEE ALSO" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("page", "shown"),
+    [
+        ("adoptctl.1", "whois SOURCE DESTINATION [--at NODE]"),
+        (
+            "adoptctl.1",
+            "explain SESSION_OR_PID | --user USER [--from IP:PORT] [--to IP:PORT] [--option NAME=VALUE] ...",
+        ),
+        ("adoptd.8", "doctor [--json] [--service SERVICE] [--peer NODE] ... [--deep] [--timeout SECONDS]"),
+    ],
+)
+def test_options_stand_beside_each_other(made: Path, page: str, shown: str) -> None:
+    """Each in brackets of its own, alternatives with a bar; what all commands take is said once."""
+    done = subprocess.run(
+        ["mandoc", "-T", "utf8", "-O", "width=200", made / "man" / page], capture_output=True, text=True, check=True
+    )
+    # Bold and underlined letters are overstruck.
+    text = re.sub(".\b", "", done.stdout)
+    lines = [line.strip() for line in text.splitlines()]
+    assert shown in lines, text
+    assert "]]" not in text
+    assert sum(line.startswith("--config FILE") for line in lines) == 1
+
+
+def test_the_installed_configuration_says_what_each_key_takes(made: Path) -> None:
+    """And which of them a reload does not take over."""
+    from adoptd.config import Config
+
+    found = re.findall(r"((?:^# .*\n)+)#(\w+ = .*)$", (made / "adoptd.toml").read_text(), re.MULTILINE)
+    about = {setting: text for text, setting in found}
+    assert "Expected: one of" in about['notice = "choice"']
+    assert "(restart)" not in about['notice = "choice"']
+    assert "(restart)" in about["port = 6830"]
+    sections = [getattr(Config(), each.name) for each in dataclasses.fields(Config())]
+    assert len(found) == sum(len(dataclasses.fields(section)) for section in sections)
+    assert [text for text, _ in found if "# Expected: " not in text] == []
 
 
 def _bash(made: Path, program: str, *words: str) -> List[str]:

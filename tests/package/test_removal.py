@@ -16,7 +16,7 @@ from typing import Iterator, List, Tuple
 
 import pytest
 
-from package.installed import MODULE, RECOMMENDED, Installed
+from package.installed import LOGIN_TIMEOUT_S, MODULE, RECOMMENDED, Installed
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -151,7 +151,11 @@ def test_purge_leaves_what_the_administrator_made(installed: Installed) -> None:
     assert left == ["10-site.toml", "adoptd.key"]
     shutil.rmtree(installed.system.path("/etc/adoptd"))
     installed.ensure()
-    assert installed.remove(purge=True).returncode == 0
+    installed.system.write("/run/adoptd/sessions/42-7", "{}\n")
+    done = installed.remove(purge=True)
+    # Nothing of a directory that could not be removed, as where a path is not what Debian's own packages call it.
+    assert (done.returncode, done.stderr) == (0, "probe: was not loaded\n")
+    assert not installed.system.path("/run/adoptd").exists()
     for top in ("/etc", "/usr", "/var/lib"):
         found = installed.system.path(top).rglob("*adopt*")
         assert [str(path) for path in found if "/dpkg/" not in str(path) and "/systemd/" not in str(path)] == []
@@ -170,6 +174,24 @@ def _older(installed: Installed, directory: Path) -> str:
     target = installed.system.path("/root/older.deb")
     subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, target], check=True, capture_output=True)
     return "/root/older.deb"
+
+
+# $1: a directory. dpkg is killed once a file in it is new, which it may be by the name that is only dpkg's own.
+_KILLED = """\
+touch /root/begun
+dpkg --unpack /root/adoptd.deb &
+dpkg=$!
+while kill -0 $dpkg 2>/dev/null; do
+    [ -z "$(find "$1" -cnewer /root/begun -type f -print -quit 2>/dev/null)" ] || kill -KILL $dpkg 2>/dev/null || :
+done
+wait $dpkg
+case $? in 0 | 137) ;; *) exit 1 ;; esac
+"""
+
+
+def _of_dpkg(installed: Installed, top: str) -> List[Path]:
+    """What dpkg leaves where it was killed, until it is asked again."""
+    return list(installed.system.path(top).rglob("*.dpkg-*"))
 
 
 class _Watch:
@@ -214,6 +236,31 @@ def test_an_upgrade_replaces_the_module_without_a_gap(installed: Installed, tmp_
     assert not module.read_bytes().endswith(b"older")
     assert installed.logs_in("root")
     assert installed.logs_in("alice")
+
+
+@pytest.mark.parametrize("at", ["the first file", "the module", "the end"])
+def test_an_upgrade_that_is_killed_locks_nobody_out(installed: Installed, tmp_path: Path, at: str) -> None:
+    """With "required" in PAM, dpkg killed while it unpacks: logins go on, and dpkg is told to go on or do it again."""
+    older = _older(installed, tmp_path)
+    installed.pam("account required pam_adopt.so mode=observe", "session required pam_adopt.so mode=observe")
+    installed.system.run(["dpkg", "--force-downgrade", "--install", older])
+    where = {"the first file": "/usr/share/adoptd/agent/adoptd", "the module": str(Path(MODULE).parent)}
+    done = installed.system.run(
+        ["sh", "-c", _KILLED, "sh", where.get(at, "/nowhere")], check=False, timeout_s=LOGIN_TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    module = installed.system.path(MODULE)
+    assert module.read_bytes()[:4] == b"\x7fELF"
+    assert installed.logs_in("root")
+    assert installed.logs_in("alice")
+    installed.system.run(["dpkg", "--configure", "--pending"], check=False)
+    assert installed.logs_in("root")
+    installed.system.run(["dpkg", "--install", "/root/adoptd.deb"])
+    assert _is_installed(installed)
+    assert not module.read_bytes().endswith(b"older")
+    assert installed.system.run(["dpkg", "--audit"]).stdout == ""
+    left = [path for top in ("/usr/share/adoptd", str(Path(MODULE).parent)) for path in _of_dpkg(installed, top)]
+    assert left == []
 
 
 def test_removing_it_is_seen_by_the_same_watch(installed: Installed) -> None:

@@ -160,3 +160,10 @@ def test_every_metric_is_one() -> None:
     for label in re.findall(r"by \(([^)]*)\)", queries):
         for word in (each.strip() for each in label.split(",")):
             assert word in ("instance", "le") or f"| `{word}` |" in metrics, word
+
+
+def test_what_is_counted_is_not_summed() -> None:
+    """Of the series that are 0 the sum is 0, however many there are."""
+    queries = "\n".join(block.text for block in blocks(PAGE, "promql"))
+    assert "count(adoptd_probe_attached == 0)" in queries
+    assert not re.search(r"sum\b[^\n]*== 0", queries)
