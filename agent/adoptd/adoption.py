@@ -227,7 +227,7 @@ class Adoptions:
         self, settled: Settlement, job: Job, mover: Optional[_Mover], trail: Trail, deadline: Deadline
     ) -> Decision:
         session = await self._adopt(job, mover, deadline)
-        trail.add("adopt", f"in job {job.id}")
+        trail.add("adopt", _adopted_words(job, mover))
         return Decision(
             step=Step.SUCCEED,
             situation=settled.situation,
@@ -270,7 +270,7 @@ class Adoptions:
                     trail.add("adopt", f"job {job.id} failed: {error}", _fault_of(error))
                     situation = AFTER_FAILURE[step]
                     continue
-                trail.add("adopt", f"in job {job.id}" if mover is not None else f"would be job {job.id}")
+                trail.add("adopt", _adopted_words(job, mover))
                 return Decision(
                     step=Step.SUCCEED,
                     situation=situation,
@@ -360,6 +360,10 @@ def _fault_of(error: Union[AdoptionFailed, JobManagerError, OutOfTime, Overloade
 def _new_request_id() -> str:
     """A name for one login in the log, in events and in what the user is told: short enough to be read out."""
     return secrets.token_hex(4)
+
+
+def _adopted_words(job: Job, mover: Optional[_Mover]) -> str:
+    return f"would be job {job.id}" if mover is None else f"in job {job.id}"
 
 
 def _named_here(told: Told, here: Tuple[Job, ...]) -> Optional[Job]:

@@ -148,9 +148,10 @@ class Doors:
             try:
                 open_port()
             except OSError as error:
-                if self._port_faults.get(name) != str(error):
-                    log.error("port_unavailable", port=name, error=str(error), effect="tried again until it is free")
-                self._port_faults[name] = str(error)
+                fault = error.strerror or str(error)
+                if self._port_faults.get(name) != fault:
+                    log.error("port_unavailable", port=name, error=fault, effect="tried again until it opens")
+                self._port_faults[name] = fault
             else:
                 del self._shut_ports[name]
                 if self._port_faults.pop(name, None) is not None:

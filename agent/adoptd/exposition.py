@@ -44,12 +44,14 @@ class Tls:
             context.load_cert_chain(self.certificate, self.key)
         except OSError as error:
             files = f"tls_certificate {self.certificate}, tls_key {self.key}"
-            raise OSError(error.errno, f"[metrics] {files}: {error}") from None
+            raise OSError(error.errno, f"[metrics] {files}: {error.strerror or error}") from None
         if self.client_ca is not None:
             try:
                 context.load_verify_locations(self.client_ca)
             except OSError as error:
-                raise OSError(error.errno, f"[metrics] tls_client_ca {self.client_ca}: {error}") from None
+                raise OSError(
+                    error.errno, f"[metrics] tls_client_ca {self.client_ca}: {error.strerror or error}"
+                ) from None
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 

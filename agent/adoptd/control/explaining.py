@@ -91,7 +91,17 @@ async def _explain_login(parts: Parts, arguments: Mapping[str, str], asking: Ask
         connection = connect(remote, local)
     options, root_passes = parse_options(arguments.get("options", ""))
     if uid == 0 and root_passes:
-        return {"user": name, "verdict": "ignore", "reason": "root", "job": None, "witness": None, "stages": []}
+        # By pam_adopt.so itself, which asks nobody then.
+        return {
+            "user": name,
+            "verdict": "ignore",
+            "outcome": "ignored",
+            "reason": "root",
+            "job": None,
+            "witness": None,
+            "message": "",
+            "stages": [],
+        }
     decision = await parts.adoptions.explain(Login(uid, name, connection, options), deadline)
     return {
         "user": name,
