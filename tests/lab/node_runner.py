@@ -85,11 +85,15 @@ def _make_mounts(spec: NodeSpec) -> None:
     # A copy and not an overlay: where / is an overlay itself (containers), another one over it may be refused.
     subprocess.run(["cp", "-a", "/etc/.", str(stage / "etc")], check=True)
     _make_device_tree(stage / "dev")
+    # What the node's programs leave there goes with it.
+    (stage / "tmp").mkdir()
+    (stage / "tmp").chmod(0o1777)
     (stage / "run").mkdir()
     _make_run_tree(stage / "run", spec)
     _bind(str(stage / "etc"), "/etc")
     _bind(str(stage / "log"), "/var/log")
     _bind(str(stage / "root"), "/root")
+    _bind(str(stage / "tmp"), "/tmp")
     _bind(spec.home_dir, "/home")
     if spec.slurm:
         (stage / "slurm").mkdir()
