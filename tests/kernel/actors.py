@@ -18,9 +18,10 @@ import traceback
 from typing import Any, Callable, Dict, List, Tuple
 
 from adoptd.model import Connection, Endpoint
+from lab.waiting import PATIENCE
 
 ALICE, BOB = 54321, 54322
-START_S = 20.0
+START_S = 20.0 * PATIENCE
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_FILES = 0x10000000, 0x20000000, 0x40000000, 0x400
 

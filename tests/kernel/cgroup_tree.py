@@ -18,6 +18,7 @@ import pytest
 from adoptd.hierarchy import CgroupMounts, Hierarchy
 from adoptd.jobs.cgroup import CgroupJobs
 from adoptd.jobs.template import JobPath
+from lab.waiting import PATIENCE
 
 V2 = "v2"
 _SERIAL = itertools.count(1)
@@ -25,6 +26,7 @@ _SERIAL = itertools.count(1)
 
 def eventually(claim: Callable[[], bool], what: str, within_s: float = 10.0) -> None:
     """Wait for something another process or the kernel does, not for a length of time."""
+    within_s *= PATIENCE
     until = time.monotonic() + within_s
     while not claim():
         assert time.monotonic() < until, f"not within {within_s} s: {what}"

@@ -32,6 +32,7 @@ from adoptd.sessions.guard import Guard
 from adoptd.sessions.store import SessionStore
 from adoptd.workers import Workers
 from kernel.cgroup_tree import removed
+from lab.waiting import PATIENCE
 
 ALICE, BOB = 61001, 61002
 _SERIAL = itertools.count(1)
@@ -39,6 +40,7 @@ _SERIAL = itertools.count(1)
 
 async def until(claim: Callable[[], object], what: str, within_s: float = 30.0) -> None:
     """Wait for what the kernel, a process or the guard does. Fails naming ``what``."""
+    within_s *= PATIENCE
     end = time.monotonic() + within_s
     while not claim():
         assert time.monotonic() < end, f"not within {within_s:.0f} s: {what}"

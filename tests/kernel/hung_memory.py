@@ -1,7 +1,8 @@
 """A process whose memory cannot be read: its user's own FUSE server holds it locked. Run as a program.
 
-Argument: a directory of the user's to mount on, in a user namespace of its own. Says READY and its pid, then waits for
-the end of its input. Only the server has the FUSE device open, and ends with this process's input: then all is free.
+Argument: a directory of the user's to mount on, in a user namespace of its own. Says READY and its pid when its
+memory is held, then waits for the end of its input. Only the server has the FUSE device open, and ends with this
+process's input: then all is free.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ _DIRECT_IO = 1
 _REPLY = struct.Struct("=IiQ")
 _ENOSYS = 38
 _FILE, _FILE_BYTES = 2, 4096
+# Of struct fuse_write_in, behind the header.
+_WRITE_SIZE_AT = 40 + 16
+_DIRTYING, _MAPPING = 1, 2
+_LOOKS = 20
 
 
 def main(where: str) -> None:
@@ -35,24 +40,25 @@ def main(where: str) -> None:
     device = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={device},rootmode=40000,user_id={uid},group_id={gid}".encode()
     _called(_LIBC.mount(b"held", where.encode(), b"fuse", _MS_NOSUID | _MS_NODEV, options))
+    # What this process is at, for its server.
+    doing = mmap.mmap(-1, mmap.PAGESIZE)
     if os.fork() == 0:
-        threading.Thread(target=_serve, args=(device, uid, gid), daemon=True).start()
+        threading.Thread(target=_serve, args=(device, uid, gid, doing), daemon=True).start()
         sys.stdin.buffer.read()
         os._exit(0)
     os.close(device)
     shared_file = os.open(f"{where}/file", os.O_RDWR)
     direct_file = os.open(f"{where}/file", os.O_RDONLY)
     shared = mmap.mmap(shared_file, _FILE_BYTES, mmap.MAP_SHARED)
-    shared[0] = 1
     _LIBC.mmap.restype = ctypes.c_void_p
     _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-    # Has the dirty page written first, which the server never says was done, with the memory's lock held.
-    arguments = (None, _FILE_BYTES, mmap.PROT_READ, mmap.MAP_PRIVATE, direct_file, 0)
-    threading.Thread(target=_LIBC.mmap, args=arguments, daemon=True).start()
-    time.sleep(0.3)
-    os.write(1, b"READY %d\n" % os.getpid())
-    os.read(0, 1)
-    os._exit(0)
+    # The second has a dirty page written first, which the server never says was done, with the memory's lock held.
+    # Where the kernel has written the page by itself in between, it returns at once. The end of the server is ours.
+    while True:
+        doing[0] = _DIRTYING
+        shared[0] = 1
+        doing[0] = _MAPPING
+        _LIBC.mmap(None, _FILE_BYTES, mmap.PROT_READ, mmap.MAP_PRIVATE, direct_file, 0)
 
 
 def _called(result: int) -> None:
@@ -60,7 +66,23 @@ def _called(result: int) -> None:
         sys.exit(f"hung_memory: {os.strerror(ctypes.get_errno())}")
 
 
-def _serve(device: int, uid: int, gid: int) -> None:
+def _holds(pid: int, doing: mmap.mmap) -> bool:
+    """Whether the process waits for a write in mmap(), with the lock. Otherwise it does in a page fault.
+
+    In mmap() it may also wait for a moment for something else.
+    """
+    seen = 0
+    while seen < _LOOKS:
+        at = doing[0]
+        waits = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
+        if waits and at == _DIRTYING:
+            return False
+        seen = seen + 1 if waits and at == doing[0] else 0
+        time.sleep(0.001)
+    return True
+
+
+def _serve(device: int, uid: int, gid: int, doing: mmap.mmap) -> None:
     opened = 0
     while True:
         request = os.read(device, 1 << 18)
@@ -79,7 +101,13 @@ def _serve(device: int, uid: int, gid: int) -> None:
             body = struct.pack("=QII", opened, _DIRECT_IO if opened > 1 else 0, 0)
         elif operation == _READ:
             body = bytes(_FILE_BYTES)
-        elif operation in (_WRITE, _FORGET, _BATCH_FORGET, _INTERRUPT):
+        elif operation == _WRITE:
+            if _holds(os.getppid(), doing):
+                os.write(1, b"READY %d\n" % os.getppid())
+                continue
+            (written,) = struct.unpack_from("=I", request, _WRITE_SIZE_AT)
+            body = struct.pack("=II", written, 0)
+        elif operation in (_FORGET, _BATCH_FORGET, _INTERRUPT):
             continue
         else:
             error = -_ENOSYS

@@ -20,18 +20,23 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Type, TypeVar
+from unittest import mock
 
 import pytest
 
+from adoptd import client
 from adoptd.client import AgentError, ask_agent
 from adoptd.model import Connection, Endpoint
 from adoptd.wire.control import Command, Result
 from lab import kernel
+from lab.waiting import PATIENCE
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 # The loader compiles for half a second; other tests may run beside this one.
-PATIENCE_S = 40.0
+PATIENCE_S = 40.0 * PATIENCE
+# The default, and what it is where everything takes longer.
+CALLERID_TIMEOUT_MS = min(300 * PATIENCE, 10_000)
 
 
 def until(question: Callable[[], Optional[T]], what: str, within_s: float = PATIENCE_S) -> T:
@@ -64,7 +69,7 @@ class RealAgent:
         self.config = directory / "adoptd.toml"
         self._sections = {
             "agent": f"pam_socket = '{self.pam}'\nuser_socket = '{self.user}'\nnode_name = 'n1'",
-            "callerid": f"listen = ['127.0.0.1']\nport = {self.port}",
+            "callerid": f"listen = ['127.0.0.1']\nport = {self.port}\ntimeout_ms = {CALLERID_TIMEOUT_MS}",
             "seal": f"scheme = 'key'\nkey_file = '{directory}/key'",
             "jobs": f"backend = 'cgroup'\npath = '{job_template}'",
             "probe": f"pin_dir = '{pin_dir}'\nself_test_interval_s = {interval_s}",
@@ -76,13 +81,17 @@ class RealAgent:
         key.write_bytes(os.urandom(64))
         self.processes: List[subprocess.Popen[bytes]] = []
         self.activator: Optional[subprocess.Popen[bytes]] = None
+        # adoptctl's own is for an agent that starts in a second.
+        self._patient = mock.patch.object(client, "TIMEOUT_MS", client.TIMEOUT_MS * PATIENCE)
 
     def __enter__(self) -> RealAgent:
+        self._patient.start()
         return self
 
     def __exit__(
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], where: Optional[TracebackType]
     ) -> None:
+        self._patient.stop()
         for process in self.processes:
             if process.poll() is None:
                 process.kill()

@@ -400,6 +400,22 @@ def test_without_the_module_it_says_so(opened: OpenProbe, monkeypatch: pytest.Mo
         witness.owner_of(Connection(_end("192.0.2.1", 1), _end("192.0.2.2", 2)), budget())
 
 
+@pytest.mark.parametrize("late", [1, 2])
+def test_only_the_first_question_may_be_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: int) -> None:
+    """The kernel loads nf_conntrack_netlink for it; tests/vm does that for real."""
+    count = tmp_path / "nf_conntrack_count"
+    count.write_text("0")
+    said = [TimeoutError(errno.ETIMEDOUT, "late")] * late + [OSError(errno.ENOENT, "no such connection")]
+
+    def ask_one(*_: object) -> bytes:
+        raise said.pop(0)
+
+    monkeypatch.setattr(conntrack, "_COUNT", str(count))
+    monkeypatch.setattr(conntrack, "ask_one", ask_one)
+    expected = None if late == 1 else "conntrack cannot be asked: late"
+    assert ConntrackWitness(NoLabels(), ()).self_test() == expected
+
+
 def test_without_the_right_to_ask_it_says_so(node: Node) -> None:
     """Conntrack answers root only (CAP_NET_ADMIN)."""
 

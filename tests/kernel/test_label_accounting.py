@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -21,6 +22,18 @@ CONNECTIONS = 3000
 # A label and what the kernel keeps beside it take some 300 bytes; charges are counted in batches of pages.
 PAID_AT_LEAST = CONNECTIONS * 128
 NOTICED = PAID_AT_LEAST // 4
+# Both ends of each, and the test's own.
+DESCRIPTORS = 2 * CONNECTIONS + 500
+
+
+@pytest.fixture
+def descriptors() -> Iterator[None]:
+    """As many as the test opens: a login's shell has 1024."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(DESCRIPTORS, before[0])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, before[1])))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture
@@ -56,6 +69,7 @@ def load_from(directory: Path, pin_dir: Path) -> None:
     assert b"charged" not in done.stdout
 
 
+@pytest.mark.usefixtures("descriptors")
 def test_labels_are_not_charged_to_where_the_loader_was_started(
     pin_dir: Path, memory_cgroup: Tuple[Path, Path]
 ) -> None:

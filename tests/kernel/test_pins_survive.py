@@ -23,11 +23,12 @@ from adoptd import probe
 from adoptd.client import AgentError
 from adoptd.model import Connection
 from adoptd.probe import mounts, syscalls
+from lab.waiting import PATIENCE
 from marked_probe import in_kernel, marked_sources, tags_of
 
 __all__ = ["agent", "job", "watchful"]
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(300 * PATIENCE)
 
 NOBODY = 65534
 _MNT_DETACH = 2

@@ -19,13 +19,16 @@ from adoptd.seal import Seal, open_seal
 from adoptd.wire import frame
 from adoptd.wire.callerid import Outcome, Question, decode_answer, encode_question
 from adoptd.wire.control import Command
+from lab.waiting import PATIENCE
 from munged import Munged, running_munged
 
 __all__ = ["agent", "job"]
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(180 * PATIENCE)
 
-WAIT_S = 20.0
+WAIT_S = 20.0 * PATIENCE
+# A question outlives the start of the agent that refuses it.
+TTL_S = min(10 * PATIENCE, 300)
 
 
 @pytest.fixture
@@ -37,8 +40,8 @@ def munged() -> Iterator[Munged]:
 
 def _seal(made: RealAgent, scheme: str, munged: Munged) -> Seal:
     """Set the agent up for ``scheme``, and another agent's means to ask it."""
-    made.configure(seal=f"scheme = '{scheme}'\nmunge_socket = '{munged.socket}'")
-    return open_seal(scheme, made.directory / "key", munged.socket, 10)
+    made.configure(seal=f"scheme = '{scheme}'\nmunge_socket = '{munged.socket}'\nttl_s = {TTL_S}")
+    return open_seal(scheme, made.directory / "key", munged.socket, TTL_S)
 
 
 def _question(seal: Seal, connection: Connection) -> bytes:

@@ -35,12 +35,8 @@ def shown(cluster: Cluster) -> Iterator[Dict[str, Any]]:
         cluster.machine.run("systemctl start adoptd.socket adoptd-user.socket adoptd-callerid.socket adoptd.service")
 
 
-# Its budgets are the defaults of 300 ms and 1 s, by the clock: an emulated machine spends them on nothing.
-ABOUT_TIME = ("source_drops_packets",)
-
-
 @pytest.mark.timeout(TIMEOUT_S + 600)
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in ABOUT_TIME])
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(shown: Dict[str, Any], name: str) -> None:
     """Each shows there what it shows natively."""
     outcome = shown[name]

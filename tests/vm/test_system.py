@@ -49,6 +49,16 @@ def test_the_agent_finds_what_is_there(cluster: Cluster) -> None:
     assert [line for line in loaded if ";" in line] == []
 
 
+def test_conntrack_can_be_asked_from_the_first_question_on(cluster: Cluster) -> None:
+    """It is that question which has the kernel load nf_conntrack_netlink, and here that takes its time."""
+    loaded = "grep -q ^nf_conntrack_netlink /proc/modules"
+    cluster.machine.run(f"modprobe nf_conntrack && modprobe --remove nf_conntrack_netlink && ! {loaded}")
+    cluster.machine.run("systemctl restart adoptd.service")
+    witnesses = json.loads(cluster.machine.run("adoptctl status --json"))["witnesses"]
+    assert witnesses["conntrack"] == "ok"
+    cluster.machine.run(loaded)
+
+
 def test_how_much_it_is_shut_in(cluster: Cluster) -> None:
     """By systemd's own figure."""
     shown = cluster.machine.run("systemd-analyze security --no-pager adoptd.service")

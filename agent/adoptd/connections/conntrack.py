@@ -8,6 +8,7 @@ any user can make any connection, and never chooses between two sockets. Called 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 from typing import Dict, FrozenSet, List, Optional, Protocol, Sequence
@@ -57,6 +58,9 @@ class ConntrackWitness:
 
     def self_test(self) -> Optional[str]:
         """None if conntrack can be asked, else why not."""
+        # The first question may have the kernel load nf_conntrack_netlink, which takes as long as it takes.
+        with contextlib.suppress(WitnessUnavailable):
+            _before(_NOWHERE, Deadline.after_ms(_SELF_TEST_MS))
         try:
             _before(_NOWHERE, Deadline.after_ms(_SELF_TEST_MS))
         except WitnessUnavailable as error:
