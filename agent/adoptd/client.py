@@ -18,6 +18,8 @@ from adoptd.wire.control import COMMAND_MAX_BYTES, Command, Result, decode_reply
 
 # More than the agent gives itself for any command.
 TIMEOUT_MS = 7000.0
+# How long after a signal came at the wrong moment it is heard at the latest.
+_LOOK_MS = 1000
 
 _CLOSED = "the agent closed the connection without a reply; its log says why"
 
@@ -46,7 +48,10 @@ def follow_agent(path: str, command: Command, output: int) -> Iterator[Result]:
         # Of a pipe whose reader has gone the kernel says POLLERR, asked for or not.
         waiting.register(output, 0)
         while True:
-            ready = dict(waiting.poll())
+            # Not for ever: of a signal that comes just before the wait Python hears only when it is over.
+            ready = dict(waiting.poll(_LOOK_MS))
+            if not ready:
+                continue
             if output in ready:
                 break
             try:

@@ -185,6 +185,8 @@ class Node:
             try:
                 become()
                 kernel.die_with_parent(signal.SIGKILL)
+                # Ignored by all that a shell starts in the background, us among them, and by what we start.
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
             except OSError as error:
                 os.write(2, f"{argv[0]} in a node: {error}\n".encode())
                 raise

@@ -167,6 +167,11 @@ class SlurmDaemons:
 
         self.wait(gone, f"job {job} to end")
 
+    def wait_idle(self) -> None:
+        """Until the controller has finished with every job. A slurmd that is killed before leaves its node completing
+        until it is asked again, a minute later."""
+        self.wait(lambda: not self.run(["squeue", "-h", "-o", "%i"], check=False).strip(), "no job any more")
+
     def state_of(self, job: str) -> str:
         """The job's state in the controller's words, "" if it is forgotten."""
         return self.run(["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"], check=False).strip()

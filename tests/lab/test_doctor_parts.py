@@ -18,6 +18,7 @@ from lab.lab import Lab
 from lab.node import PYTHON, SSHD, Node
 from lab.nodes import Cluster
 from lab.test_doctor import PATIENT, Case, bad, examined, file_with, hidden, mode, moved_away, owned, pam, sshd, stopped
+from lab.waiting import until
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -77,6 +78,7 @@ def sshd_before_a_change(node: Node) -> Iterator[None]:
     """sshd runs, and goes by what its file said before."""
     with file_with(node, SSHD_CONFIG, lambda text: text.replace("PidFile none", "PidFile /run/sshd.pid")):
         with sshd_as(node, *AS_EVER):
+            until(node.path("/run/sshd.pid").exists, "its pid file")
             # Longer ago than a clock of files can tell apart.
             os.utime(node.path("/run/sshd.pid"), (1e9, 1e9))
             yield

@@ -90,6 +90,7 @@ def test_slurmd_restarted_with_another_spool_directory(faults_lab: Lab) -> None:
             watch.logs(
                 f"warning job_fault fault=configuration .*names the spool directory {other}, which has no job steps"
             )
+        slurm.wait_idle()
         lab.second.kill("slurmd")
         slurm.start_slurmd(lab.second)
         slurm.wait_up()
@@ -103,6 +104,7 @@ def test_slurmd_restarted_with_another_spool_directory(faults_lab: Lab) -> None:
             slurm.wait(lambda: not list(lab.second.path(other).glob(f"*_{new}.*")), "the job's end")
     finally:
         lab.second.write(include, before)
+        slurm.wait_idle()
         lab.second.kill("slurmd")
         slurm.start_slurmd(lab.second)
         slurm.wait_up()
