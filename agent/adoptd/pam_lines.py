@@ -191,6 +191,9 @@ def _stack(
 
 def _text_of(file: Path, read: List[int]) -> str:
     """A file's text; ``read``: how many files were, of one service. Raises OSError, and never waits for a pipe."""
+    if "\0" in str(file):
+        # As in what an editor wrote as UTF-16.
+        raise OSError(errno.EINVAL, "its name has a byte of zero in it", str(file))
     status = os.stat(file)
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))

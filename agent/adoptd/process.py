@@ -219,7 +219,12 @@ def _not_opened(pid: int, error: OSError) -> AdoptionFailed:
 
 def _hold(pid: int, pidfd: int, proc_root: str) -> ProcessHandle:
     # Read after the pidfd is there: if the process still lives afterwards, the start time is its own.
-    started = started_ns(pid, proc_root)
+    try:
+        started = started_ns(pid, proc_root)
+    except OSError as error:
+        # The last descriptor may have been the pidfd's.
+        os.close(pidfd)
+        raise _not_opened(pid, error) from None
     handle = None if started is None else ProcessHandle(pid, pidfd, started, proc_root)
     if handle is None or not handle.alive():
         os.close(pidfd)

@@ -29,6 +29,9 @@ CONTROLS = (
     "[success=ok module_unknown=die default=ignore]",
     "[ success=ok  module_unknown=ignore  default=die ]",
     "[module_unknown=ignore success=ok default=bad]",
+    "[success=ok module_unknown=ignore default=bad module_unknown=bad]",
+    "[default=ignore default=bad]",
+    "[success=1 default=ignore]",
 )
 WRITTEN = (
     "{kind} {control} pam_adopt.so",
@@ -36,6 +39,8 @@ WRITTEN = (
     "{kind}\t{control}\tpam_adopt.so mode=observe\taction_unknown=deny",
     "{kind} {control} /lib/security/nowhere/pam_adopt.so",
     "{kind} {control} \\\n pam_adopt.so",
+    "{kind} {control} pam_adopt.so nodename=[default=ignore]",
+    "{kind} {control} pam_adopt.so action_unknown=x account optional x",
     "  {kind} {control} pam_adopt.so # why",
     "# a comment is not continued \\\n{kind} {control} pam_adopt.so",
     "{kind} {control} \\ \t\n pam_adopt.so",
@@ -100,6 +105,19 @@ def test_what_lies_beside_a_service_is_none(tmp_path: Path, name: str) -> None:
     (tmp_path / "etc/pam.d").mkdir(parents=True)
     (tmp_path / "etc/pam.d" / name).write_text("account required pam_adopt.so\n", encoding="ascii")
     assert _says(tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("include", ["@include {}", "account include {}", "account substack {}"])
+@pytest.mark.parametrize("name", ["../extra", "/etc/extra", "common.bak"])
+def test_what_is_included_counts_wherever_it_is(tmp_path: Path, include: str, name: str) -> None:
+    """By a path out of the directory, or by a name that is a backup's otherwise."""
+    (tmp_path / "etc/pam.d").mkdir(parents=True)
+    (tmp_path / "etc/pam.d/sshd").write_text(include.format(name) + "\n", encoding="ascii")
+    place = tmp_path / (name.lstrip("/") if name.startswith("/") else f"etc/pam.d/{name}")
+    place.write_text("account required pam_adopt.so\n", encoding="ascii")
+    said = _says(tmp_path)
+    assert said.returncode == 1
+    assert said.stdout.count("account required pam_adopt.so") == 1
 
 
 def test_every_needed_line_is_named(tmp_path: Path) -> None:

@@ -70,9 +70,32 @@ def test_an_option_that_is_none(tmp_path: Path) -> None:
 )
 def test_what_is_no_line_to_libpam(tmp_path: Path, stack: str, words: str) -> None:
     """One is enough to shut the service (pam_handlers.c adds a line that always fails in its place)."""
-    (tmp_path / "sshd").write_text(stack, encoding="utf-8", newline="")
+    (tmp_path / "sshd").write_bytes(stack.encode())
     found = list(judge_stack("sshd", tmp_path / "sshd", lines_of("sshd", tmp_path)))
     assert any(words in each.seen for each in found if each.grade is Grade.FAILURE), found
+
+
+@pytest.mark.parametrize(
+    ("stack", "words"),
+    [
+        # What pam_adopt.so says of root, and of everybody in observe mode, is PAM_IGNORE.
+        ("account [success=ok default=bad] pam_adopt.so\n", "add ignore=ignore to that control"),
+        ("account [success=ok ignore=die] pam_adopt.so\n", "add ignore=ignore to that control"),
+        ("account required pam_adopt.so\naccount [success=ok default=reset] pam_unix.so\n", "take the reset out of"),
+    ],
+)
+def test_what_libpam_makes_of_a_control(tmp_path: Path, stack: str, words: str) -> None:
+    """Root refused, or a refusal forgotten: tried with libpam 1.5."""
+    (tmp_path / "sshd").write_text("account required pam_unix.so\n" + stack + "session required pam_adopt.so\n")
+    found = list(judge_stack("sshd", tmp_path / "sshd", lines_of("sshd", tmp_path)))
+    assert any(words in each.remedy for each in found if each.grade is Grade.FAILURE), found
+
+
+def test_a_name_with_a_zero_in_it(tmp_path: Path) -> None:
+    """As in a file that was saved as UTF-16: a finding, and no failed check."""
+    (tmp_path / "sshd").write_bytes(b"@include a\0b\n")
+    (found,) = look_at_stack(scene(tmp_path))
+    assert (found.grade, "a byte of zero" in found.seen) == (Grade.FAILURE, True)
 
 
 def test_who_can_write_a_stack(tmp_path: Path) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import FrozenSet, Optional, Tuple
 
 import pytest
 
+from adoptd.config import Config
 from adoptd.doctor import certificates, rights, sockets
-from adoptd.doctor.findings import Grade, worst
+from adoptd.doctor.findings import Grade, Scene, worst
+from adoptd.doctor.likeness import ask_child
 from adoptd.doctor.processes import agent_pid, capabilities_of, holders_of, names_of, running
 from adoptd.doctor.rights import Seen
 from adoptd.doctor.sockets import Place
@@ -109,9 +111,9 @@ def test_room(place: Optional[Place], words: Optional[str]) -> None:
 def test_processes_by_name(tmp_path: Path) -> None:
     """Its title, when it began, and whose it is."""
     program = tmp_path / "doctor-tested"
-    program.symlink_to(Path(sys.executable).resolve())
+    shutil.copy("/bin/sh", program)
     before_s = time.time()
-    command = [str(program), "-c", "print(flush=True); input()", "word"]
+    command = [str(program), "-c", "echo; read line", "word"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         try:
             assert child.stdout is not None
@@ -136,6 +138,45 @@ def test_the_agent_by_its_lock(tmp_path: Path) -> None:
         assert agent_pid(str(tmp_path / "pam.sock")) == os.getpid()
     lock.write_text("no number")
     assert agent_pid(str(tmp_path / "pam.sock")) is None
+
+
+def test_a_program_of_root_s_under_another_name_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Whoever may start su by a link has a process of uid 0 with a name and arguments of their choice."""
+    link = tmp_path / "doctor-forged"
+    link.symlink_to("/bin/sleep")
+    with subprocess.Popen([str(link), "60"]) as child:
+        try:
+            until = time.monotonic() + 10
+            while Path(f"/proc/{child.pid}/comm").read_text().strip() != "doctor-forged":
+                assert time.monotonic() < until
+            assert list(running("doctor-forged")) == []
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize(("namespace", "found"), [("user:[1]", True), ("user:[2]", False)])
+def test_the_agent_is_of_our_user_namespace(tmp_path: Path, namespace: str, found: bool) -> None:
+    """In their own, users have links say what they like, and a pid that an agent left may be theirs by now."""
+    lock, proc = tmp_path / "pam.sock.lock", tmp_path / "proc"
+    lock.write_text("123")
+    for pid, user in (("self", "user:[1]"), ("123", namespace)):
+        (proc / pid / "ns").mkdir(parents=True)
+        (proc / pid / "ns/user").symlink_to(user)
+    (proc / "123/fd").mkdir()
+    (proc / "123/fd/3").symlink_to(lock)
+    assert (agent_pid(str(tmp_path / "pam.sock"), proc) == 123) is found
+
+
+def test_a_trial_takes_nothing_from_where_root_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may be a user's directory, with a package of our name in it."""
+    (tmp_path / "adoptd").mkdir()
+    (tmp_path / "adoptd/__init__.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    here = Scene(tmp_path / "none.toml", Config(), tmp_path, "sshd")
+    said = ask_child(here, "probe", [str(tmp_path / "no bpffs"), str(tmp_path / "no sources")], 60)
+    assert said is not None
+    assert said["error"]
+    assert not (tmp_path / "was run").exists()
 
 
 # ---- what the agent may

@@ -162,6 +162,11 @@ def test_no_descriptor_left_is_not_taken_for_an_exit() -> None:
                 open_peer(ours, os.getpid())
             with pytest.raises(OutOfDescriptors, match=r"cannot be opened: Too many open files"):
                 open_process(os.getpid())
+            # The pidfd has the last one, and nothing is left to read when it began with.
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, hard))
+            for _ in range(2):
+                with pytest.raises(OutOfDescriptors, match=r"cannot be opened: Too many open files"):
+                    open_peer(ours, os.getpid())
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         open_peer(ours, os.getpid()).close()

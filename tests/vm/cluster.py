@@ -13,7 +13,7 @@ import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Mapping, Optional, Sequence, Tuple
+from typing import Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from package.installed import RECOMMENDED
 from vm.machine import Done, Machine
@@ -139,12 +139,14 @@ class Cluster:
     def jobs(self, count: int, user: str = "alice") -> Iterator[Tuple[str, ...]]:
         """New jobs of a user, oldest first, running; ended on leaving."""
         submit = f"cd /tmp && runuser -u {user} -- sbatch --parsable --output=/dev/null --wrap='exec sleep 100000'"
-        ids = tuple(self.machine.run(submit).strip() for _ in range(count))
+        ids: List[str] = []
         try:
-            for job in ids:
-                place = f"/sys/fs/cgroup/system.slice/*slurmstepd.scope/job_{job}/step_extern"
-                self.wait(f"ls -d {place} >/dev/null 2>&1", f"job {job} has started")
-            yield ids
+            for _ in range(count):
+                # One after the other: the newest is the one whose step was started last.
+                ids.append(self.machine.run(submit).strip())
+                place = f"/sys/fs/cgroup/system.slice/*slurmstepd.scope/job_{ids[-1]}/step_extern"
+                self.wait(f"ls -d {place} >/dev/null 2>&1", f"job {ids[-1]} has started")
+            yield tuple(ids)
         finally:
             self.machine.run(f"scancel {' '.join(ids)}")
             self.wait('[ -z "$(squeue --noheader)" ]', "the jobs have ended")

@@ -174,7 +174,11 @@ def _job_to_join(
     if job is None:
         # One sentence for a job that never was, has ended or is another user's: the difference is not theirs to know.
         raise JoinRefused(JoinOutcome.NO_SUCH_JOB, f"{session.user} has no job {job_id!r} running on this node")
-    if job == session.job and backend.contains(job, session.pid) and not _has_strays(backend, session, others):
+    if (
+        job == session.job
+        and backend.contains(job, session.pid)
+        and not _has_strays(backend, session, others, deadline)
+    ):
         raise JoinRefused(JoinOutcome.ALREADY, f"this session is in job {job.id} already")
     fault = _container_fault(backend, session, job, leader, deadline)
     if fault is not None:
@@ -183,9 +187,11 @@ def _job_to_join(
     return job
 
 
-def _has_strays(backend: JobBackend, session: Session, others: FrozenSet[int]) -> bool:
-    """Whether one of the session's processes, its user's own, is not in the session's job."""
+def _has_strays(backend: JobBackend, session: Session, others: FrozenSet[int], deadline: Deadline) -> bool:
+    """Whether one of the session's processes, its user's own, is not in the session's job, as far as there is time."""
     for row in members(session.pid, look(), others)[1:PROCESSES_MAX]:
+        if deadline.expired:
+            return False
         if not backend.contains(session.job, row.pid):
             with contextlib.suppress(AdoptionFailed), open_process(row.pid) as process:
                 if process.start_ticks == row.start_ticks and _not_ours(backend, session, process) is None:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, List, Mapping, Optional
 
-import psutil
-
 from adoptd import __version__
 from adoptd.client import AgentError, ask_agent
 from adoptd.config import Config
 from adoptd.connections.conntrack import NOTHING_TRANSLATED
 from adoptd.doctor.callerid import judge_peers_asked
 from adoptd.doctor.findings import Finding, Scene, failure, ok, warning
+from adoptd.doctor.processes import agent_pid
 from adoptd.wire.control import Command, Result
 
 if sys.version_info >= (3, 11):
@@ -42,7 +41,7 @@ def look_at_agent(scene: Scene) -> Iterator[Finding]:
     try:
         status = ask_agent(path, Command("status", {}))
     except AgentError as error:
-        yield from judge_silence(str(error), _holder(Path(f"{scene.settings.agent.pam_socket}.lock")))
+        yield from judge_silence(str(error), agent_pid(scene.settings.agent.pam_socket))
         return
     yield from judge_status(status, path, scene.settings)
     if not scene.root:
@@ -69,18 +68,6 @@ def judge_silence(error: str, holder: Optional[int]) -> Iterator[Finding]:
     else:
         seen = f"an agent runs (pid {holder}) and cannot be asked: {error}"
         yield failure("agent", seen, "its socket was removed or replaced: systemctl restart adoptd adoptd-user.socket")
-
-
-def _holder(lock: Path) -> Optional[int]:
-    """Who holds the agent's lock; None if nobody does, or it cannot be told. Never by locking: an agent may start."""
-    word = _read(lock).strip()
-    if not (word.isascii() and word.isdigit()):
-        return None
-    try:
-        held = any(file.path == str(lock) for file in psutil.Process(int(word)).open_files())
-    except psutil.Error:
-        return None
-    return int(word) if held else None
 
 
 def judge_status(status: Result, path: str, settings: Config) -> Iterator[Finding]:

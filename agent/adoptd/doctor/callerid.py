@@ -228,7 +228,7 @@ def judge_peer(where: str, port: int, heard: Heard, connects: Optional[str], sce
             yield warning("peer", f"{where}: version {heard.release}, here it is {__version__}", _ONE_RELEASE)
         yield from _judge_peer_clock(where, heard, ttl_s)
     elif heard.reason == AskFault.TIMEOUT.value:
-        yield _judge_silence(at, connects)
+        yield _judge_silence(at, port, connects)
     elif fault is not None:
         seen, remedy = (text.format(ttl=ttl_s, port=port) for text in fault)
         yield failure("peer", f"{at}: {seen} ({heard.detail})", remedy)
@@ -236,12 +236,13 @@ def judge_peer(where: str, port: int, heard: Heard, connects: Optional[str], sce
         yield failure("peer", f"{at}: {heard.detail or heard.reason}", "adoptd doctor there says more")
 
 
-def _judge_silence(at: str, connects: Optional[str]) -> Finding:
+def _judge_silence(at: str, port: int, connects: Optional[str]) -> Finding:
     if connects == "connected":
         seen = f"{at} takes connections, and gave no answer in {_ASK_MS} ms: the agent there hangs, or its munged does"
         return failure("peer", seen, "adoptd doctor there; systemctl restart munge adoptd")
     seen = f"{at}: packets vanish ({connects or 'no answer'}): a firewall drops them instead of rejecting"
-    remedy = "let TCP 6830 through between nodes, or reject it: nft add rule inet filter input tcp dport 6830 accept"
+    rule = f"nft add rule inet filter input tcp dport {port} accept"
+    remedy = f"let TCP {port} through between nodes, or reject it: {rule}"
     return failure("peer", seen, remedy)
 
 

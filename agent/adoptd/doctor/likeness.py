@@ -36,6 +36,8 @@ def ask_child(scene: Scene, what: str, words: Sequence[str], within_s: float) ->
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": package, "PYTHONDONTWRITEBYTECODE": "1"}
     child = subprocess.Popen(
         command,
+        # With -m Python imports from its directory first, and the administrator may stand in a user's.
+        cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -14,7 +14,18 @@ from typing import Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 from adoptd.config import AgentConfig
 from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, warning
 from adoptd.doctor.role import is_login_node
-from adoptd.doctor.stack import REFUSING, Reach, action_for, actions_of, name_of, overshoots, reached, refuses, shut_by
+from adoptd.doctor.stack import (
+    REFUSING,
+    Reach,
+    action_for,
+    actions_of,
+    forgets_all,
+    name_of,
+    overshoots,
+    reached,
+    refuses,
+    shut_by,
+)
 from adoptd.pam_lines import MODULE, PAM_DIRECTORY, PamLine, lines_of, wrong_options
 
 # Where libpam looks for a service that the administrator's directory has not: the distribution's own.
@@ -187,6 +198,9 @@ def _faults(service: str, line: PamLine, stack: Sequence[PamLine]) -> Iterator[F
     elif place.by is not None and line.kind == "session":
         seen = f"{line}: is not asked for those of whom {name_of(place.by)} ({place.by}, {place.by.control}) says yes"
         yield warning("pam", seen, f"put the line of {MODULE} above {place.by}, if they are to be adopted")
+    if action_for(line, "ignore") in ("bad", "die"):
+        seen = f"{line}: {line.control}: refuses all whom the module leaves to others: root, and all under mode=observe"
+        yield failure("pam", seen, "add ignore=ignore to that control")
     if line.kind == "account":
         yield from _refusing(line, stack)
     for later in stack[stack.index(line) :] if line.kind == "session" else ():
@@ -205,6 +219,10 @@ def _faults(service: str, line: PamLine, stack: Sequence[PamLine]) -> Iterator[F
 
 def _refusing(line: PamLine, stack: Sequence[PamLine]) -> Iterator[Finding]:
     below = stack[stack.index(line) + 1 :]
+    forgets = next((each for each in below if each.kind == "account" and forgets_all(each)), None)
+    if forgets is not None and refuses(line):
+        seen = f"{line}: {forgets} ({name_of(forgets)}, {forgets.control}) has libpam forget what was refused above it"
+        yield failure("pam", seen, f"take the reset out of {forgets}")
     judge = next(
         (each for each in below if each.kind == "account" and name_of(each) in REFUSING and refuses(each)), None
     )

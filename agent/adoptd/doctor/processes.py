@@ -34,13 +34,20 @@ class Running:
 
 
 def running(part: str, proc: Path = PROC) -> Iterator[Running]:
-    """Processes that have ``part`` in their name, of our mount namespace: one in a container has other files."""
+    """Processes that have ``part`` in their name and their file's, of our mount namespace: a container has other files.
+
+    Only root sees others' files; to anybody else only their own processes are there.
+    """
     ours = link(proc / "self/ns/mnt")
     for pid in pids(proc):
         # The one thing that is read of all of them: on a big node there are thousands.
         name = read(f"{proc}/{pid}/comm").strip()
         place = proc / str(pid)
         if part not in name or link(place / "ns/mnt") != ours:
+            continue
+        # By its file, too: a user can start a set-uid program of root's under any name, with any arguments.
+        program = link(place / "exe")
+        if part not in os.path.basename(program):
             continue
         started = started_ns(pid, str(proc))
         if started is None:
@@ -50,7 +57,7 @@ def running(part: str, proc: Path = PROC) -> Iterator[Running]:
             pid,
             name,
             read(place / "cmdline").replace("\0", " ").strip(),
-            link(place / "exe"),
+            program,
             time.time() - since_boot_s + started / 1e9,
             read(place / "stat").rpartition(")")[2].strip()[:1],
             _owner(place),
@@ -68,7 +75,11 @@ def agent_pid(pam_socket: str, proc: Path = PROC) -> Optional[int]:
     word = read(Path(lock)).strip()
     if not (word.isascii() and word.isdigit()):
         return None
-    return int(word) if any(link(fd) == lock for fd in _descriptors(proc / word)) else None
+    place = proc / word
+    # Its pid may have come to a user's process since, and what links say in a user's namespaces is that user's choice.
+    if link(place / "ns/user") != link(proc / "self/ns/user") or not _is_same_owner(place, lock):
+        return None
+    return int(word) if any(link(fd) == lock for fd in _descriptors(place)) else None
 
 
 def holders_of(sockets: Iterable[int], proc: Path = PROC) -> Dict[int, Tuple[int, ...]]:
@@ -118,6 +129,13 @@ def _descriptors(place: Path) -> List[str]:
         return [f"{place}/fd/{name}" for name in os.listdir(place / "fd")]
     except OSError:
         return []
+
+
+def _is_same_owner(place: Path, lock: str) -> bool:
+    try:
+        return os.stat(place).st_uid == os.stat(lock).st_uid
+    except OSError:
+        return False
 
 
 def _owner(place: Path) -> int:

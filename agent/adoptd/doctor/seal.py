@@ -107,7 +107,7 @@ def look_at_keys(scene: Scene) -> Iterator[Finding]:
         yield from judge_key(
             _MUNGE_KEY, status_of(_MUNGE_KEY), (0, munge), needed=scene.settings.seal.scheme == "munge"
         )
-        started_s = max((daemon.started_s for daemon in running("munged")), default=None)
+        started_s = max((daemon.started_s for daemon in running("munged") if daemon.uid in (0, munge)), default=None)
         yield from judge_munged(_MUNGE_KEY, _changed_s(_MUNGE_KEY), started_s)
     if key_file is not None and site is not None:
         yield from judge_key(str(key_file), status_of(str(key_file)), (0, *site.owners), needed=False, group=True)

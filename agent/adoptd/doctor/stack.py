@@ -80,6 +80,11 @@ def refuses(line: PamLine) -> bool:
     return action_for(line, "perm_denied") in ("bad", "die")
 
 
+def forgets_all(line: PamLine) -> bool:
+    """Whether some answer of its module has libpam begin anew, as if nobody had been refused before."""
+    return "reset" in (actions_of(line.control) or {}).values()
+
+
 def reached(line: PamLine, stack: Sequence[PamLine]) -> Reached:
     """Whether ``line`` is asked when all before it say yes, and who may be let past it."""
     kind = [each for each in stack if each.kind == line.kind]
