@@ -101,6 +101,10 @@ class Client:
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
     """Poll until ``condition`` holds; AssertionError naming ``what`` if it does not in time."""
+    # Not at the top: this file is run as a program, too, which has nothing of ours to import.
+    from lab.waiting import PATIENCE
+
+    timeout_s *= PATIENCE
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
