@@ -8,9 +8,10 @@ import os
 import stat
 import threading
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 import pytest
+from judging import FAILURE, OK, SCENE, WARNING, judged
 
 from adoptd import __version__, config, doctor
 from adoptd.cli import adoptd_parser
@@ -39,17 +40,6 @@ from adoptd.jobs.slurm_hosts import RunningSlurmd
 from adoptd.jobs.slurm_paths import SlurmPaths
 from adoptd.model import AdoptionFailed, Job
 from adoptd.probe.mounts import Mount
-
-OK, WARNING, FAILURE = Grade.OK, Grade.WARNING, Grade.FAILURE
-SCENE = Scene(Path("/etc/adoptd/adoptd.toml"), Config(), Path("/etc/pam.d"), "sshd")
-
-
-def judged(found: Sequence[Finding]) -> Tuple[Grade, str]:
-    """The worst of them; all that is not right must have a remedy."""
-    assert all(bool(each.remedy) == (each.grade is not OK) for each in found), found
-    bad = max(found, key=lambda each: each.grade.value, default=None)
-    return (OK, "") if bad is None else (bad.grade, bad.seen)
-
 
 # ---- the fence
 

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from pathlib import Path
-from typing import List, Mapping, Optional, Sequence, Tuple
+from typing import List, Mapping, Optional, Tuple
 
 import pytest
+from judging import FAILURE, OK, SCENE, WARNING, judged
 
 from adoptd import __version__
 from adoptd.callerid import AskFault
-from adoptd.config import Config
 from adoptd.doctor import callerid, exporter, ports
-from adoptd.doctor.findings import Finding, Grade, Scene
+from adoptd.doctor.findings import Grade
 from adoptd.wire.callerid import Reason
-
-OK, WARNING, FAILURE = Grade.OK, Grade.WARNING, Grade.FAILURE
-SCENE = Scene(Path("/etc/adoptd/adoptd.toml"), Config(), Path("/etc/pam.d"), "sshd")
-
-
-def judged(found: Sequence[Finding]) -> Tuple[Grade, str]:
-    """The worst of them; all that is not right must have a remedy."""
-    assert all(bool(each.remedy) == (each.grade is not OK) for each in found), found
-    bad = max(found, key=lambda each: each.grade.value, default=None)
-    return (OK, "") if bad is None else (bad.grade, bad.seen)
-
 
 HERE = ipaddress.ip_address("0.0.0.0")
 ASKED = [("callerid", "0.0.0.0", 6830)]

@@ -20,7 +20,7 @@ from adoptd.config import Config
 from adoptd.connections.conntrack import NOTHING_TRANSLATED
 from adoptd.doctor.callerid import judge_peers_asked
 from adoptd.doctor.findings import Finding, Scene, failure, ok, warning
-from adoptd.doctor.processes import agent_pid
+from adoptd.doctor.processes import PROC, agent_pid, read
 from adoptd.wire.control import Command, Result
 
 if sys.version_info >= (3, 11):
@@ -58,7 +58,7 @@ def look_at_agent(scene: Scene) -> Iterator[Finding]:
     yield from judge_configuration(str(inside.get("config")), scene.settings)
     pid = inside.get("pid")
     if isinstance(pid, int):
-        yield from judge_process(_limits(pid), _read(Path("/proc", str(pid), "autogroup")))
+        yield from judge_process(_limits(pid), read(PROC / str(pid) / "autogroup"))
 
 
 def judge_silence(error: str, holder: Optional[int]) -> Iterator[Finding]:
@@ -220,15 +220,8 @@ def _judge_service(unit: Unit) -> Iterator[Finding]:
 
 
 def _limits(pid: int) -> Optional[int]:
-    found = re.search(r"^Max open files\s+(\d+)", _read(Path("/proc", str(pid), "limits")), re.MULTILINE)
+    found = re.search(r"^Max open files\s+(\d+)", read(PROC / str(pid) / "limits"), re.MULTILINE)
     return None if found is None else int(found[1])
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text("utf-8", "replace")
-    except OSError:
-        return ""
 
 
 def _duration(seconds: object) -> str:

@@ -13,16 +13,15 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import FrozenSet, Mapping, Optional, Sequence
+from typing import FrozenSet, Mapping, Optional, Sequence, Union
 
 from adoptd.doctor.findings import Scene
-from adoptd.doctor.processes import PROC, agent_pid, link, read
+from adoptd.doctor.processes import PROC, agent_pid, capabilities_of, link
 
 # linux/sched.h, linux/prctl.h, linux/capability.h
 _CLONE_NEWNS = 0x00020000
 _PR_CAPBSET_DROP = 24
 _CAPABILITY_VERSION_3 = 0x20080522
-_CAPABILITIES = 64
 
 
 def ask_child(scene: Scene, what: str, words: Sequence[str], within_s: float) -> Optional[Mapping[str, object]]:
@@ -60,8 +59,7 @@ def become_like(pid: int) -> None:
 
     For a process of one thread (setns(2)), all of whose modules are imported.
     """
-    status = read(PROC / str(pid) / "status")
-    bounding, effective = _set_of(status, "CapBnd"), _set_of(status, "CapEff")
+    bounding, effective = _set_of(pid, "CapBnd"), _set_of(pid, "CapEff")
     libc = ctypes.CDLL(None, use_errno=True)
     if link(PROC / str(pid) / "ns/mnt") != link(PROC / "self/ns/mnt"):
         descriptor = os.open(PROC / str(pid) / "ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
@@ -69,22 +67,21 @@ def become_like(pid: int) -> None:
             _check(libc.setns(descriptor, _CLONE_NEWNS))
         finally:
             os.close(descriptor)
-    ours = _set_of(read(PROC / "self/status"), "CapBnd")
+    ours = _set_of("self", "CapBnd")
     for number in sorted(ours - bounding):
         _check(libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0))
-    permitted = _set_of(read(PROC / "self/status"), "CapPrm") & effective
+    permitted = _set_of("self", "CapPrm") & effective
     low, high = _bits(permitted) & 0xFFFFFFFF, _bits(permitted) >> 32
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     _check(libc.capset(header, struct.pack("=6I", low, low, 0, high, high, 0)))
 
 
-def _set_of(status: str, name: str) -> FrozenSet[int]:
+def _set_of(pid: Union[int, str], which: str) -> FrozenSet[int]:
     """The capabilities of one line of /proc/PID/status. Raises OSError if there is no such line."""
-    for line in status.splitlines():
-        key, _, value = line.partition(":\t")
-        if key == name:
-            return frozenset(number for number in range(_CAPABILITIES) if int(value, 16) >> number & 1)
-    raise ProcessLookupError(f"no {name} in its status")
+    found = capabilities_of(pid, which)
+    if found is None:
+        raise ProcessLookupError(f"no {which} in its status")
+    return found
 
 
 def _bits(numbers: FrozenSet[int]) -> int:

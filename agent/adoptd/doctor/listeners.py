@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
+from adoptd.doctor.ports import listening_rows
 from adoptd.doctor.processes import Running, holders_of, read, running
 
 DEFAULT_FILE = "/etc/ssh/sshd_config"
@@ -22,7 +23,6 @@ _LISTENERS_MAX = 4
 _FILES_MAX = 64
 _FILE_MAX_BYTES = 1 << 20
 _INIT = 1
-_LISTEN = "0A"
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,5 @@ def changed_since(files: Sequence[ConfigFile], since_s: float) -> List[str]:
 
 def is_kept_by_init(port: int) -> bool:
     """Whether the service manager listens on the port, and starts sshd when somebody comes (ssh.socket)."""
-    inodes: List[int] = []
-    for table in ("tcp", "tcp6"):
-        for line in read(f"/proc/net/{table}").splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
-                inodes.append(int(fields[9]))
+    inodes = [inode for _, bound, _, inode in listening_rows() if bound == port]
     return any(_INIT in holders for holders in holders_of(inodes).values())

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple
+from typing import FrozenSet, Iterator, List, Optional, Sequence, Tuple
 
 import psutil
 
 from adoptd.doctor.findings import Finding, Scene, failure, ok, warning
+from adoptd.doctor.processes import PROC, holders_of, names_of, read
 from adoptd.model import IPAddress
 
 _LISTEN = "0A"
@@ -44,7 +44,7 @@ def look_at_ports(scene: Scene) -> Iterator[Finding]:
         yield from judge_addresses(section.listen, [each for each in section.listen if not is_ours(each)])
     yield from judge_loopback(_is_up("lo"))
     ipv6 = Path("/proc/net/if_inet6").exists()
-    yield from judge_ports(wanted, _listeners(ports, Path("/proc")), scene.settings.callerid.enabled, ipv6)
+    yield from judge_ports(wanted, _listeners(ports, PROC), scene.settings.callerid.enabled, ipv6)
 
 
 def judge_ports(
@@ -120,21 +120,23 @@ def _keeps(bound: IPAddress, wanted: IPAddress) -> bool:
 
 
 def _listeners(ports: FrozenSet[int], proc: Path) -> List[Listener]:
-    rows: List[Tuple[IPAddress, int, int, str]] = []
+    rows = [row for row in listening_rows(proc) if row[1] in ports]
+    holders = holders_of((inode for *_, inode in rows), proc)
+    return [
+        Listener(address, port, tuple(names_of((pid,), proc) for pid in holders.get(inode, ())), uid)
+        for address, port, uid, inode in rows
+    ]
+
+
+def listening_rows(proc: Path = PROC) -> List[Tuple[IPAddress, int, int, int]]:
+    """The TCP sockets that listen here: address, port, uid and inode of each."""
+    rows: List[Tuple[IPAddress, int, int, int]] = []
     for name in ("tcp", "tcp6"):
-        try:
-            with (proc / "net" / name).open(encoding="ascii") as table:
-                next(table, None)
-                for line in table:
-                    fields = line.split()
-                    if fields[3] == _LISTEN:
-                        address, port = _place(fields[1])
-                        if port in ports:
-                            rows.append((address, port, int(fields[7]), fields[9]))
-        except OSError:
-            continue
-    holders = _holders(frozenset(inode for *_, inode in rows), proc)
-    return [Listener(address, port, holders.get(inode, ()), uid) for address, port, uid, inode in rows]
+        for line in read(proc / "net" / name).splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTEN:
+                rows.append((*_place(fields[1]), int(fields[7]), int(fields[9])))
+    return rows
 
 
 def _place(text: str) -> Tuple[IPAddress, int]:
@@ -143,23 +145,6 @@ def _place(text: str) -> Tuple[IPAddress, int]:
     words = bytes.fromhex(host)
     packed = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
     return ipaddress.ip_address(packed), int(port, 16)
-
-
-def _holders(inodes: FrozenSet[str], proc: Path) -> Dict[str, Tuple[str, ...]]:
-    found: Dict[str, Tuple[str, ...]] = {}
-    wanted = {f"socket:[{inode}]": inode for inode in inodes}
-    for entry in os.listdir(proc):
-        if not entry.isdigit():
-            continue
-        try:
-            for fd in os.listdir(proc / entry / "fd"):
-                inode = wanted.get(os.readlink(proc / entry / "fd" / fd))
-                if inode is not None:
-                    name = (proc / entry / "comm").read_text("utf-8", "replace").strip()
-                    found[inode] = tuple(dict.fromkeys((*found.get(inode, ()), f"{name} (pid {entry})")))
-        except OSError:
-            continue
-    return found
 
 
 def own_address(listen: Tuple[str, ...]) -> IPAddress:

@@ -97,11 +97,11 @@ def names_of(found: Iterable[int], proc: Path = PROC) -> str:
     return ", ".join(f"{read(proc / str(pid) / 'comm').strip() or '?'} (pid {pid})" for pid in found)
 
 
-def capabilities_of(pid: int, proc: Path = PROC) -> Optional[FrozenSet[int]]:
-    """The numbers of those in force; None where they cannot be told."""
+def capabilities_of(pid: Union[int, str], which: str = "CapEff", proc: Path = PROC) -> Optional[FrozenSet[int]]:
+    """The numbers of those in one line of its status, by default those in force; None where they cannot be told."""
     for line in read(proc / str(pid) / "status").splitlines():
         name, _, value = line.partition(":\t")
-        if name == "CapEff":
+        if name == which:
             bits = int(value, 16)
             return frozenset(number for number in range(64) if bits >> number & 1)
     return None

@@ -12,26 +12,27 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, Optional, Tuple
 
+from adoptd.connections.netlink import NLM_F_DUMP, ask, attributes
+from adoptd.deadline import Deadline
 from adoptd.doctor.files import judge_directory
 from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, status_of, warning
 from adoptd.doctor.processes import agent_pid, holders_of, names_of
 from adoptd.doors import PAM_MODE, USER_MODE
+from adoptd.model import ProtocolError
 
 _ANEW = "systemctl stop adoptd; systemctl restart adoptd.socket adoptd-user.socket; systemctl start adoptd"
 # Beside the sockets: sessions and logins in progress, for the agent that comes next.
 _KEPT = ("sessions", "logins")
 _KEPT_RULE = FileRule("a directory", 0o077, stat.S_ISDIR)
 _INIT = 1
-# linux/sock_diag.h, linux/unix_diag.h, linux/netlink.h
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY, _NLMSG_ERROR, _NLMSG_DONE = 20, 2, 3
-_REQUEST_DUMP = 0x301
+# linux/sock_diag.h; linux/unix_diag.h: struct unix_diag_req, unix_diag_msg and unix_diag_vfs.
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
+_QUESTION, _ANSWER, _VFS = struct.Struct("=BBHIIIII"), struct.Struct("=4sI8x"), struct.Struct("=II")
 _LISTENING = 1 << 10
 _SHOW_VFS, _ATTRIBUTE_VFS = 2, 1
-_DIAG_S = 1.0
-_DIAG_BYTES = 1 << 18
+_DIAG_MS = 1_000.0
 
 
 @dataclass(frozen=True)
@@ -144,45 +145,21 @@ def identity(path: str) -> Tuple[int, int]:
 
 def listening() -> Optional[Dict[Tuple[int, int], int]]:
     """The inodes of the unix sockets that listen, by the file that they are bound to; None where it cannot be told."""
-    question = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, _LISTENING, 0, _SHOW_VFS, 0, 0)
-    header = struct.pack("=IHHII", 16 + len(question), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
+    question = _QUESTION.pack(socket.AF_UNIX, 0, 0, _LISTENING, 0, _SHOW_VFS, 0, 0)
     found: Dict[Tuple[int, int], int] = {}
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as asked:
-            asked.settimeout(_DIAG_S)
-            asked.send(header + question)
-            while True:
-                for kind, body in _messages(asked.recv(_DIAG_BYTES)):
-                    if kind == _NLMSG_DONE:
-                        return found
-                    if kind == _NLMSG_ERROR:
-                        return None
-                    found.update(_bound(body))
-    except OSError:
+        for answer in ask(
+            _NETLINK_SOCK_DIAG,
+            _SOCK_DIAG_BY_FAMILY,
+            question,
+            _SOCK_DIAG_BY_FAMILY,
+            Deadline.after_ms(_DIAG_MS),
+            NLM_F_DUMP,
+        ):
+            bound = attributes(answer[_ANSWER.size :]).get(_ATTRIBUTE_VFS)
+            if bound is not None:
+                file, device = _VFS.unpack_from(bound)
+                found[device, file] = _ANSWER.unpack_from(answer)[1]
+    except (OSError, ProtocolError, struct.error):
         return None
-
-
-def _messages(data: bytes) -> List[Tuple[int, bytes]]:
-    found: List[Tuple[int, bytes]] = []
-    while len(data) >= 16:
-        length, kind = struct.unpack_from("=IH", data)
-        if length < 16:
-            break
-        found.append((kind, data[16:length]))
-        data = data[(length + 3) & ~3 :]
     return found
-
-
-def _bound(body: bytes) -> Dict[Tuple[int, int], int]:
-    """The file of one answer, where its socket has one."""
-    inode = struct.unpack_from("=I", body, 4)[0]
-    at = 16
-    while at + 4 <= len(body):
-        length, kind = struct.unpack_from("=HH", body, at)
-        if length < 4:
-            break
-        if kind == _ATTRIBUTE_VFS and length >= 12:
-            file, device = struct.unpack_from("=II", body, at + 4)
-            return {(device, file): inode}
-        at += (length + 3) & ~3
-    return {}
