@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
+from random import Random
+from typing import Tuple
 
 import pytest
 
@@ -57,13 +60,18 @@ def _lets_in(directory: Path) -> bool:
     """Whether libpam lets root through both stacks of the service in ``directory``, with the module not there."""
     # By another name, for the module may be installed here.
     (directory / "without").write_text((directory / "service").read_text().replace("pam_adopt.so", "pam_nowhere.so"))
+    return _judged(directory, "without")
+
+
+def _judged(directory: Path, service: str) -> bool:
+    """What libpam says to root of both stacks of this service."""
     pam = ctypes.CDLL("libpam.so.0")
     kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     function = kind(lambda *_: PAM_CONV_ERR)
     conversation = _Conversation(ctypes.cast(function, ctypes.c_void_p), None)
     handle = ctypes.c_void_p()
     started = pam.pam_start_confdir(
-        b"without", b"root", ctypes.byref(conversation), str(directory).encode(), ctypes.byref(handle)
+        service.encode(), b"root", ctypes.byref(conversation), str(directory).encode(), ctypes.byref(handle)
     )
     assert started == PAM_SUCCESS
     try:
@@ -73,7 +81,7 @@ def _lets_in(directory: Path) -> bool:
 
 
 def _says(root: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SCRIPT, str(root)], capture_output=True, text=True, check=False)
+    return subprocess.run([SCRIPT, str(root)], capture_output=True, text=True, check=False, timeout=60)
 
 
 @pytest.mark.parametrize("kind", ["account", "session"])
@@ -91,6 +99,206 @@ def test_the_script_and_libpam_agree(tmp_path: Path, control: str, written: str,
     if said.returncode:
         assert said.stdout.startswith("/etc/pam.d/service:")
         assert "pam_adopt.so" in said.stdout
+
+
+PERMIT = "account required pam_permit.so"
+# Before the line and behind it; {} is the line.
+STACKS = (
+    "{}\naccount required pam_deny.so",
+    f"{PERMIT}\n{{}}\naccount required pam_deny.so\n{PERMIT}",
+    f"{PERMIT}\n{{}}\naccount requisite pam_deny.so\n{PERMIT}",
+    f"{PERMIT}\n{{}}\naccount [success=1 default=ignore] pam_permit.so\naccount requisite pam_deny.so",
+    f"{PERMIT}\n{{}}\naccount sufficient pam_permit.so\naccount required pam_deny.so",
+    f"{PERMIT}\n{{}}\naccount optional pam_deny.so\n{PERMIT}",
+    f"{{}}\n{PERMIT}",
+    f"{PERMIT}\n{{}}",
+    "{}",
+    "account substack DIR/inner\naccount required pam_deny.so\n#{}",
+    f"{PERMIT}\naccount include DIR/inner\naccount required pam_deny.so\n{PERMIT}\n#{{}}",
+    f"{PERMIT}\n@include DIR/inner\n{PERMIT}\n#{{}}",
+    f"{PERMIT}\naccount SUBSTACK \\\n DIR/inner\n{PERMIT}\n#{{}}",
+)
+ACTIONS = ("ok", "done", "bad", "die", "ignore", "reset", "1", "2")
+ANSWERING = (
+    *CONTROLS,
+    "[success=done ignore=ignore module_unknown=ignore default=bad]",
+    "[success=1 ignore=1 default=ignore]",
+    "[success=2 default=ignore]",
+    "[success=ok ignore=reset module_unknown=ignore default=bad]",
+    "[success = done  default = ignore]",
+    "Sufficient",
+)
+
+
+def _both(root: Path, stack: str, inner: str) -> Tuple[bool, bool]:
+    """Whether libpam lets in root, or whom the module lets in, with the module and not without; whether it is named.
+
+    In both DIR is the directory, with ``inner`` in it. pam_debug.so stands for the module, and answers as it is told.
+    """
+    directory = root / "etc/pam.d"
+    directory.mkdir(parents=True)
+    tail = "\nsession required pam_permit.so\n"
+    let_in = {}
+    for name, module in (
+        ("without", "pam_nowhere.so"),
+        ("success", "pam_debug.so acct=success"),
+        ("ignore", "pam_debug.so acct=ignore"),
+    ):
+        (directory / name).mkdir()
+        (directory / name / "inner").write_text(inner.replace("pam_adopt.so", module) + "\n", encoding="ascii")
+        text = stack.replace("DIR", str(directory / name)).replace("pam_adopt.so", module)
+        (directory / f"{name}-stack").write_text(text + tail, encoding="ascii")
+        let_in[name] = _judged(directory, f"{name}-stack")
+        (directory / f"{name}-stack").unlink()
+    (directory / "inner").write_text(inner + "\n", encoding="ascii")
+    (directory / "sshd").write_text(stack.replace("DIR", "/etc/pam.d") + tail, encoding="ascii")
+    said = _says(root)
+    assert said.stderr == ""
+    return (let_in["success"] or let_in["ignore"]) and not let_in["without"], said.returncode == 1
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_who_gets_in_by_the_module_keeps_it(tmp_path: Path, stack: str) -> None:
+    """Where libpam lets in whom the module lets in, or root, and nobody without it, the line is named."""
+    found = {}
+    for number, control in enumerate(ANSWERING):
+        line = f"account {control} pam_adopt.so"
+        found[control] = _both(tmp_path / str(number), stack.format(line), line)
+    assert [control for control, (changes, named) in found.items() if changes and not named] == []
+    # Of most of these stacks it is so: "required" lets in, and without the module does not.
+    assert any(changes for changes, _ in found.values()) or "pam_deny.so" in stack
+
+
+def _random_stack(random: Random, *, inner: bool) -> str:
+    lines = []
+    for _ in range(random.randint(1, 3 if inner else 6)):
+        values = random.sample(["success", "ignore", "module_unknown", "auth_err"], random.randint(0, 3))
+        parts = [f"{value}={random.choice(ACTIONS)}" for value in [*values, "default"]]
+        control = random.choice([*CONTROLS[:4], f"[{' '.join(random.sample(parts, len(parts)))}]"])
+        module = random.choice(["pam_adopt.so", "pam_adopt.so", "pam_permit.so", "pam_deny.so"])
+        lines.append(f"account {control} {module}")
+    if not inner:
+        lines[random.randrange(len(lines))] = f"account {random.choice(['include', 'substack'])} DIR/inner"
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_stack_by_chance_is_missed(tmp_path: Path, seed: int) -> None:
+    """Stacks of lines at random: no other module is asked here, so what libpam does is all that there is."""
+    random = Random(seed)
+    changed = 0
+    for number in range(40):
+        stack, inner = _random_stack(random, inner=False), _random_stack(random, inner=True)
+        changes, named = _both(tmp_path / str(number), stack, inner)
+        assert named or not changes, f"{stack}\n-- inner:\n{inner}"
+        changed += changes
+    assert changed
+
+
+# As on the page for administrators, and Debian's common-account.
+ADMINS = "account [success=1 default=ignore] pam_succeed_if.so user ingroup admins"
+COMMON = f"account [success=1 default=ignore] pam_unix.so\naccount requisite pam_deny.so\n{PERMIT}"
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        "account required pam_unix.so\naccount sufficient pam_adopt.so\naccount required pam_access.so",
+        "account sufficient pam_adopt.so\naccount sufficient pam_access.so\naccount required pam_deny.so",
+        "account required pam_unix.so\naccount [success=1 default=ignore] pam_adopt.so\naccount required pam_access.so",
+        f"{ADMINS}\naccount {RECOMMENDED} pam_adopt.so\naccount required pam_unix.so",
+        f"account {RECOMMENDED} pam_adopt.so\n{COMMON}",
+        "@include common-account\naccount sufficient pam_adopt.so",
+        "account include password-auth\nAccount Optional /lib/x86_64-linux-gnu/security/pam_adopt.so",
+        "auth required pam_exec.so quiet /usr/local/sbin/look-at pam_adopt.so",
+    ],
+)
+def test_what_others_can_decide_is_let_go(tmp_path: Path, stack: str) -> None:
+    """Another line can say yes to root, and to whom the site lets in: no removal is held up for it."""
+    (tmp_path / "etc/pam.d").mkdir(parents=True)
+    (tmp_path / "etc/pam.d/common-account").write_text("account required pam_unix.so\n", encoding="ascii")
+    (tmp_path / "etc/pam.d/password-auth").write_text("account required pam_unix.so\n", encoding="ascii")
+    (tmp_path / "etc/pam.d/sshd").write_text(stack + "\n", encoding="ascii")
+    said = _says(tmp_path)
+    assert (said.returncode, said.stdout) == (0, "")
+
+
+def test_a_line_by_another_way_of_writing_is_found(tmp_path: Path) -> None:
+    """Through two files, in a vendor's directory, over several lines, in capitals, with brackets that escape."""
+    for place, text in (
+        ("etc/pam.conf", "sshd \\\n account INCLUDE /etc/outer\n"),
+        ("etc/outer", "account \\\n Include /etc/inner\n"),
+        ("etc/inner", "account required pam_adopt.so\n"),
+        ("etc/pam.d/sshd", "account include vendor\n"),
+        ("usr/lib/pam.d/vendor", "session [default=ignore \\] module_unknown=bad] pam_adopt.so\n"),
+        ("etc/pam.d/other", "ACCOUNT [ REQUISITE ] pam_adopt.so\nacount optional pam_adopt.so\n"),
+    ):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(text, encoding="ascii")
+    said = _says(tmp_path)
+    assert said.returncode == 1
+    assert sorted(line.partition(": ")[0] for line in said.stdout.splitlines()) == [
+        "/etc/inner:1",
+        "/etc/pam.d/other:1",
+        "/etc/pam.d/other:2",
+        "/usr/lib/pam.d/vendor:1",
+    ]
+
+
+def test_what_is_included_is_a_service_too(tmp_path: Path) -> None:
+    """sshd's stack counts by itself, whatever another service makes of it; a part of a stack need not stand alone."""
+    (tmp_path / "etc/pam.d").mkdir(parents=True)
+    line = "account sufficient pam_adopt.so"
+    for name, text in (
+        ("sshd", f"@include common-account\n{line}\naccount required pam_deny.so\n"),
+        ("sshd-of-ours", "account sufficient pam_permit.so\n@include sshd\n"),
+        ("part", f"{line}\n"),
+        ("login", "account required pam_unix.so\naccount include part\n"),
+    ):
+        (tmp_path / "etc/pam.d" / name).write_text(text, encoding="ascii")
+    assert _says(tmp_path).stdout == f"/etc/pam.d/sshd:2: {line}\n"
+
+
+def test_files_that_include_each_other_end(tmp_path: Path) -> None:
+    """libpam gives up on them; the script says what it has found."""
+    (tmp_path / "etc/pam.d").mkdir(parents=True)
+    (tmp_path / "etc/pam.d/a").write_text("account include b\naccount required pam_adopt.so\n", encoding="ascii")
+    (tmp_path / "etc/pam.d/b").write_text("account include a\n", encoding="ascii")
+    assert _says(tmp_path).stdout == "/etc/pam.d/a:2: account required pam_adopt.so\n"
+
+
+@pytest.mark.parametrize(
+    "broken", ["auth include", "account include /", "account include it's", "account include pipe"]
+)
+def test_an_include_that_leads_to_no_file(tmp_path: Path, broken: str) -> None:
+    """A directory, a pipe that nobody writes to, nothing: the other lines are found all the same, and it ends."""
+    (tmp_path / "etc/pam.d").mkdir(parents=True)
+    (tmp_path / "etc/pam.d/sshd").write_text(f"{broken}\naccount required pam_adopt.so\n", encoding="ascii")
+    os.mkfifo(tmp_path / "etc/pam.d/pipe")
+    said = _says(tmp_path)
+    assert (said.returncode, said.stdout, said.stderr) == (1, "/etc/pam.d/sshd:2: account required pam_adopt.so\n", "")
+
+
+def test_a_file_that_includes_itself_twice_ends(tmp_path: Path) -> None:
+    """Each time, 32 deep, would be 2 to the 32nd times."""
+    (tmp_path / "etc/pam.d").mkdir(parents=True)
+    (tmp_path / "etc/pam.d/a").write_text(
+        2 * "account include a\n" + "account required pam_adopt.so\n", encoding="ascii"
+    )
+    assert _says(tmp_path).stdout == "/etc/pam.d/a:3: account required pam_adopt.so\n"
+
+
+def test_all_that_name_it(tmp_path: Path) -> None:
+    """--named: what is passed over without the module, too; not comments, nor what only has it as an option."""
+    (tmp_path / "etc/pam.d").mkdir(parents=True)
+    lines = (
+        "# account required pam_adopt.so",
+        f"account {RECOMMENDED} pam_adopt.so",
+        "auth optional pam_exec.so pam_adopt.so",
+    )
+    (tmp_path / "etc/pam.d/sshd").write_text("\n".join(lines) + "\n", encoding="ascii")
+    said = subprocess.run([SCRIPT, "--named", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout) == (1, f"/etc/pam.d/sshd:2: {lines[1]}\n")
 
 
 def test_a_dash_does_not_make_a_line_harmless(tmp_path: Path) -> None:
@@ -125,7 +333,10 @@ def test_every_needed_line_is_named(tmp_path: Path) -> None:
     for place, text in (
         ("etc/pam.d/sshd", "# account required pam_adopt.so\naccount requisite pam_adopt.so mode=observe\n"),
         ("usr/lib/pam.d/login", "session required pam_adopt.so\n"),
-        ("etc/pam.conf", "other account required pam_adopt.so\nother session optional pam_adopt.so\n"),
+        (
+            "etc/pam.conf",
+            "other account required pam_adopt.so\nother session required x.so\nOTHER Session Optional pam_adopt.so\n",
+        ),
     ):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(text, encoding="ascii")

@@ -40,11 +40,19 @@ def _is_installed(installed: Installed) -> bool:
 
 @pytest.mark.parametrize(
     "line",
-    ["account required", "-account required", "session requisite", "account [success=ok ignore=ignore default=bad]"],
+    [
+        "account required",
+        "-account required",
+        "session requisite",
+        "account [success=ok ignore=ignore default=bad]",
+        "account [success=1 ignore=1 default=ignore]",
+    ],
 )
 def test_a_line_that_would_lock_everybody_out_keeps_the_package(installed: Installed, line: str) -> None:
     """The removal says which line it is, and everything is as before: root gets in."""
-    installed.pam(f"{line} pam_adopt.so mode=observe")
+    # Behind the last of them, which by itself jumps over it: who is sent there is refused.
+    deny = ["account required pam_deny.so"] if "=1" in line else []
+    installed.pam(f"{line} pam_adopt.so mode=observe", *deny)
     for purge in (False, True):
         done = installed.remove(purge=purge)
         assert done.returncode != 0
@@ -71,12 +79,33 @@ def test_what_that_prevents(installed: Installed) -> None:
     assert installed.logs_in("root")
 
 
+@pytest.mark.parametrize("control", ["sufficient", "[success=1 default=ignore]"])
+def test_what_only_the_module_lets_in_keeps_it(installed: Installed, control: str) -> None:
+    """Root by another line, users by the module, and behind it nobody: a removal would leave root alone."""
+    installed.pam(
+        "account [success=3 default=ignore] pam_succeed_if.so quiet uid = 0",
+        # No agent is here.
+        f"account {control} pam_adopt.so action_generic_failure=allow",
+        "account required pam_deny.so",
+        "account required pam_permit.so",
+    )
+    assert installed.logs_in("alice")
+    done = installed.remove()
+    assert done.returncode != 0
+    assert f"account {control} pam_adopt.so" in done.stderr
+    assert _is_installed(installed)
+    assert installed.logs_in("alice")
+
+
 def test_the_recommended_lines_let_it_go(installed: Installed) -> None:
     """With them a missing module is passed over: the lines below and above decide, root and users get in."""
     installed.pam(f"account {RECOMMENDED} pam_adopt.so", f"session {RECOMMENDED} pam_adopt.so")
     done = installed.remove()
     assert done.returncode == 0, done.stderr
     assert not installed.system.path(MODULE).exists()
+    # Not in silence: who had nobody in without a job has that no longer.
+    assert "nobody is refused for want of a job" in done.stderr
+    assert f"account {RECOMMENDED} pam_adopt.so\n" in done.stderr
     assert installed.logs_in("root")
     assert installed.logs_in("alice")
 
@@ -159,6 +188,50 @@ def test_purge_leaves_what_the_administrator_made(installed: Installed) -> None:
     for top in ("/etc", "/usr", "/var/lib"):
         found = installed.system.path(top).rglob("*adopt*")
         assert [str(path) for path in found if "/dpkg/" not in str(path) and "/systemd/" not in str(path)] == []
+
+
+# bpffs is each run's own here, so all of it is one. With $1 in the configuration; what is left is the last thing said.
+_WITH_A_PROBE = """\
+adoptd probe load >&2
+[ -n "$(find /sys/fs/bpf/adoptd -mindepth 2 -print -quit)" ] || exit 1
+printf '%s\n' "$1" >/etc/adoptd/conf.d/10-site.toml
+dpkg --remove adoptd >&2 || exit 1
+if [ -e /sys/fs/bpf/adoptd ]; then find /sys/fs/bpf/adoptd; else echo gone; fi
+"""
+
+
+@pytest.mark.parametrize("configuration", ["", "this is not TOML", '[no_such_table]\nkey = "value"'])
+def test_no_probe_is_left(installed: Installed, configuration: str) -> None:
+    """Neither where the configuration is wrong: nobody would be left to unload it."""
+    file = installed.system.path("/etc/adoptd/conf.d/10-site.toml")
+    try:
+        done = installed.system.run(["sh", "-c", _WITH_A_PROBE, "sh", configuration], check=False, timeout_s=120)
+        assert (done.returncode, done.stdout) == (0, "gone\n"), done.stderr
+        assert ("gone after the next boot" in done.stderr) == bool(configuration)
+    finally:
+        file.unlink()
+
+
+def test_it_is_installed_again(installed: Installed) -> None:
+    """After a removal with the lines in place, with what the administrator wrote: as it was before."""
+    lines = [f"account {RECOMMENDED} pam_adopt.so", f"session {RECOMMENDED} pam_adopt.so"]
+    installed.pam(*lines)
+    conffile = installed.system.path("/etc/adoptd/adoptd.toml")
+    before = conffile.read_text(encoding="utf-8")
+    edited = before.replace("[session]\n", '[session]\ncontact = "us"\n')
+    try:
+        conffile.write_text(edited, encoding="utf-8")
+        assert installed.remove().returncode == 0
+        assert conffile.read_text(encoding="utf-8") == edited
+        installed.system.run(["dpkg", "--install", "/root/adoptd.deb"])
+        assert conffile.read_text(encoding="utf-8") == edited
+        assert 'contact = "us"' in installed.system.run(["adoptd", "config", "show"]).stdout
+        assert installed.logs_in("root")
+    finally:
+        installed.ensure()
+        conffile.write_text(before, encoding="utf-8")
+    installed.pam(lines[0] + " action_generic_failure=deny")
+    assert not installed.logs_in("alice")
 
 
 def _older(installed: Installed, directory: Path) -> str:

@@ -9,6 +9,7 @@ from typing import List
 import pytest
 
 from package.conftest import ROOT
+from package.installed import RECOMMENDED, Installed
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -74,6 +75,38 @@ def test_a_line_that_needs_the_module_keeps_it(rpm: Path) -> None:
     removal = scripts.partition("preuninstall scriptlet")[2].partition("postuninstall")[0]
     assert removal.index('[ "$1" -eq 0 ]') < removal.index("needed-by-pam") < removal.index("exit 1")
     assert removal.index("exit 1") < removal.index("systemctl")
+
+
+def test_it_is_removed_as_the_debian_package_is(rpm: Path, installed: Installed) -> None:
+    """Its scriptlets are run, in a system of their own: kept while a line needs the module, else gone; and named."""
+    installed.ensure()
+    assert installed.remove(purge=True).returncode == 0
+    common = ("--root", installed.system.root, "--dbpath", "/var/lib/rpm")
+    module = installed.system.path(MODULE)
+    erase = ["rpm", *map(str, common), "-e", "adoptd"]
+    try:
+        _rpm(*common, "--initdb")
+        _rpm(*common, "-i", "--nodeps", "--ignorearch", "--ignoreos", rpm)
+        for lines in (
+            ["account required pam_adopt.so"],
+            ["account sufficient pam_adopt.so", "account required pam_deny.so"],
+        ):
+            installed.pam(*lines)
+            kept = subprocess.run(erase, capture_output=True, text=True, check=False)
+            assert kept.returncode != 0
+            assert f": {lines[0]}\n" in kept.stderr
+            assert module.exists()
+            assert "adoptd" in _rpm(*common, "-q", "adoptd")
+        installed.pam(f"account {RECOMMENDED} pam_adopt.so")
+        gone = subprocess.run(erase, capture_output=True, text=True, check=False)
+        assert gone.returncode == 0, gone.stderr
+        assert "nobody is refused for want of a job" in gone.stderr
+        assert f"account {RECOMMENDED} pam_adopt.so\n" in gone.stderr
+        assert not module.exists()
+        assert installed.logs_in("root")
+    finally:
+        subprocess.run([*erase, "--noscripts"], capture_output=True, check=False)
+        installed.pam()
 
 
 def test_its_sources_can_be_built_elsewhere(rpm: Path, tmp_path: Path) -> None:
