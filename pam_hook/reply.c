@@ -7,13 +7,15 @@
 
 /*
  * Names that no reply may set. Modules below us in the stack run programs as root with the PAM environment (pam_exec
- * does), and the environment of a job is written by its user: a LD_PRELOAD in it would be the user's code run as root.
- * These are the names that glibc drops for setuid programs (sysdeps/generic/unsecvars.h, without TMPDIR, which jobs
- * are given and which names only a directory), those that steer a shell or an interpreter, and those that say who the
- * user is, which sshd has set by then. Refused, not left out: an agent that sends one is not the one we know.
+ * does), and the environment of a job is written by its user: a LD_PRELOAD in it would be the user's code run as root,
+ * and so would a SLURM_CONF be where such a program asks Slurm, whose plugins are where that file says. TMPDIR is not
+ * among them: jobs are given one, their sessions need the same, and nothing is run or trusted for lying in it unless a
+ * program of root's is careless there; whoever lists it knows those below us. Refused, not left out: an agent that
+ * sends one is not the one we know.
  * A name that ends in '*' is a prefix.
  */
 static const char *const forbidden_names[] = {
+	/* The C library: those that it drops for setuid programs (sysdeps/generic/unsecvars.h), but for TMPDIR. */
 	"LD_*",
 	"GCONV_PATH",
 	"GETCONF_DIR",
@@ -27,6 +29,7 @@ static const char *const forbidden_names[] = {
 	"RESOLV_HOST_CONF",
 	"RES_OPTIONS",
 	"TZDIR",
+	/* Shells. */
 	"PATH",
 	"IFS",
 	"ENV",
@@ -35,13 +38,104 @@ static const char *const forbidden_names[] = {
 	"SHELLOPTS",
 	"PS4",
 	"CDPATH",
+	"GLOBIGNORE",
+	"ZDOTDIR",
+	"FPATH",
+	"NULLCMD",
+	"READNULLCMD",
+	"TMPPREFIX",
+	/* Interpreters. */
 	"PYTHON*",
 	"PERL*",
 	"RUBY*",
+	"GEM_*",
+	"BUNDLE_*",
+	"LUA_*",
+	"TCL*",
+	"PHP*",
+	"NODE_OPTIONS",
+	"NODE_PATH",
+	"JAVA_TOOL_OPTIONS",
+	"JDK_JAVA_OPTIONS",
+	"_JAVA_OPTIONS",
+	"CLASSPATH",
+	/* Who the user is, which sshd has set by then. Of pam_exec's own there would be two, and most read the first. */
 	"HOME",
 	"SHELL",
 	"USER",
 	"LOGNAME",
+	"SSH_*",
+	"SUDO_*",
+	"PAM_*",
+	/* Slurm's commands: the configuration that names their plugins, keys, whom they ask, */
+	"SLURM_CONF*",
+	"SLURM_JWT",
+	"SLURM_SACK_*",
+	"SLURM_CLUSTERS",
+	"SLURM_WORKING_CLUSTER",
+	/* what srun runs and writes, */
+	"SLURM_PROLOG",
+	"SLURM_EPILOG",
+	"SLURM_TASK_PROLOG",
+	"SLURM_TASK_EPILOG",
+	"SLURM_STD*",
+	"SLURM_BCAST*",
+	"SLURM_CONTAINER*",
+	"SLURM_EXPORT_ENV",
+	"SLURM_SPANK_*",
+	"_SLURM_SPANK_*",
+	"SRUN_CONTAINER*",
+	"SRUN_EXPORT_ENV",
+	/* and their options: what a script of root's reads from squeue, or has scancel end. */
+	"SLURM_TIME_FORMAT",
+	"SACCT_*",
+	"SALLOC_*",
+	"SBATCH_*",
+	"SCANCEL_*",
+	"SCONTROL_*",
+	"SINFO_*",
+	"SQUEUE_*",
+	/* Environment modules, which are programs. */
+	"MODULE*",
+	"LMOD_*",
+	"_ModuleTable*",
+	/* Libraries that load others, or trust or write what is named. */
+	"OPENSSL_*",
+	"SSL_CERT_*",
+	"SSLKEYLOGFILE",
+	"GNUTLS_*",
+	"P11_KIT_*",
+	"KRB5*",
+	"GSS_*",
+	"SASL_*",
+	"LDAP*",
+	"GIO_*",
+	"DBUS_*",
+	"XDG_*",
+	"TERMINFO*",
+	"TERMCAP",
+	"TERMPATH",
+	/* Programs, by what they run, read first or ask. */
+	"GIT_*",
+	"SYSTEMD_*",
+	"RSYNC_*",
+	"TAR_OPTIONS",
+	"MAKEFILES",
+	"MAKEFLAGS",
+	"EDITOR",
+	"VISUAL",
+	"PAGER",
+	"LESS*",
+	"MAILRC",
+	"GNUPGHOME",
+	"CURL_*",
+	"WGETRC",
+	"http_proxy",
+	"https_proxy",
+	"all_proxy",
+	"HTTP_PROXY",
+	"HTTPS_PROXY",
+	"ALL_PROXY",
 };
 
 /* Text that ends within its field and has only NULs behind its end: one text has one spelling. */

@@ -35,6 +35,15 @@ def build(request: pytest.FixtureRequest, built: Path) -> Build:
 
 
 @pytest.fixture(scope="session")
+def forged_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """forged_kernel.c, built: loaded into a driver, it says what FORGED tells it to."""
+    made = tmp_path_factory.mktemp("forged") / "forged_kernel.so"
+    source = Path(__file__).with_name("forged_kernel.c")
+    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", made, source, "-ldl"], check=True)
+    return made
+
+
+@pytest.fixture(scope="session")
 def stage() -> Iterator[Stage]:
     """What the logins are played on."""
     made = Stage()

@@ -18,8 +18,8 @@ import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Dict, List, Optional, Sequence, Tuple, Type
+from types import MappingProxyType, TracebackType
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 # security/_pam_types.h; the ones that can come out of these stacks.
 RETURN_VALUES = {
@@ -34,11 +34,14 @@ RETURN_VALUES = {
     28: "PAM_MODULE_UNKNOWN",
 }
 
-# "toor" is root by uid and not by name; the last one tries to write a log line of its own.
-USERS = {"root": 0, "toor": 0, "alice": 1001, 'ev=il" uid=0\x1b': 1002}
+# "toor" is root by uid and not by name, the uid of "none" is no uid to the kernel, and the last one tries to write a
+# log line of its own.
+USERS = {"root": 0, "toor": 0, "alice": 1001, "none": 0xFFFFFFFF, 'ev=il" uid=0\x1b': 1002}
 SOCKET_NAME = "pam.sock"
+# The module's own second is enough for a login, and not for one on a machine that is busy with something else.
+PATIENT = "timeout_ms=20000"
 # Longer than the longest deadline in a test, on a busy machine.
-HUNG_S = 60
+HUNG_S = 120
 # Every value of the module becomes libpam's, but for PAM_IGNORE, which libpam never returns: that one goes on to the
 # next line, where pam_debug answers with a value that our module does not have (PAM_CRED_INSUFFICIENT).
 CONTROL = "[success=done ignore=ignore default=die]"
@@ -132,7 +135,7 @@ class Stage:
 
     def close(self) -> None:
         """Ends the process, and with it everything it started and did not wait for."""
-        self._process.communicate(timeout=10)
+        self._process.communicate(timeout=60)
 
     def play(self, scene: Dict[str, object]) -> int:
         """The exit status of one driver, as waitpid() gives it. A driver that hangs is killed, with the stage."""
@@ -169,9 +172,15 @@ class Login:
         sockets: Sequence[str] = (),
         default_socket: bool = False,
         detect_leaks: bool = True,
+        patient: bool = True,
+        environ: Mapping[str, str] = MappingProxyType({}),
     ) -> Outcome:
-        """One driver process. ``options`` go behind the module in the stack, ``socket=`` first."""
-        given = () if default_socket else (f"socket={self.socket_path}",)
+        """One driver process. ``options`` go behind the module in the stack, ``socket=`` and PATIENT first.
+
+        ``patient``: False for the module's own default. ``environ``: of the driver, besides what the sanitizers need.
+        """
+        # Of an option that is there twice the last counts, so the test's own timeout_ms= does.
+        given = (() if default_socket else (f"socket={self.socket_path}",)) + ((PATIENT,) if patient else ())
         with tempfile.TemporaryDirectory(dir=self.directory, prefix="login-") as name:
             place = Path(name)
             words = " ".join(f"[{word}]" if " " in word else word for word in (*given, *options))
@@ -185,8 +194,10 @@ class Login:
             scene: Dict[str, object] = {
                 "driver": [str(self.build.driver), name, service, user, *flags, *steps],
                 "environ": {
-                    "ASAN_OPTIONS": f"exitcode=99:detect_leaks={int(detect_leaks)}",
+                    # What is loaded before the sanitizer, which it would not start behind, is the test's.
+                    "ASAN_OPTIONS": f"exitcode=99:detect_leaks={int(detect_leaks)}:verify_asan_link_order=0",
                     "UBSAN_OPTIONS": "print_stacktrace=1",
+                    **environ,
                 },
                 "passwd": str(passwd),
                 "log": str(place / "log"),

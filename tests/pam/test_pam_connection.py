@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 from typing import Tuple
 
 import pytest
@@ -72,6 +73,18 @@ def test_the_inbound_connection_is_named(
     assert (request.family, request.remote_port, request.local_port) == (family, 40000 + place, 22000 + place)
     assert (request.remote_address, request.local_address) == (address, address)
     assert not [line for line in outcome.log if "not known" in line]
+
+
+@pytest.mark.parametrize(("forged", "port"), [("", 22000), ("sender", 22000), ("port", 0)])
+def test_only_the_kernel_s_answer_to_the_question_is_believed(
+    login: Login, forged_kernel: Path, forged: str, port: int
+) -> None:
+    """Whoever has CAP_NET_ADMIN can write to the module's netlink socket; a kernel may answer with the nearest."""
+    environ = {"LD_PRELOAD": str(forged_kernel), "FORGED": forged}
+    with Agent(login.socket_path, (say(DENIAL.pack()),)) as agent:
+        outcome = login(sockets=("inbound4",), environ=environ)
+    assert outcome.rc == "PAM_PERM_DENIED"
+    assert [request.local_port for request in agent.requests] == [port]
 
 
 def test_the_connection_is_in_the_log_at_debug(login: Login) -> None:

@@ -12,9 +12,11 @@ from typing import List
 
 import pytest
 
-from adoptd.doctor.findings import Grade
+from adoptd.config import Config
+from adoptd.doctor.findings import Grade, Scene
+from adoptd.doctor.module import look_at_module
 from adoptd.doctor.pam import judge_stack
-from adoptd.doctor.stack import Reach, overshoots, reached
+from adoptd.doctor.stack import Reach, is_silent, overshoots, reached
 from adoptd.pam_lines import lines_of
 
 _CONVERSATION = ctypes.CFUNCTYPE(
@@ -28,8 +30,8 @@ class _Conversation(ctypes.Structure):
     _fields_ = (("conv", _CONVERSATION), ("data", ctypes.c_void_p))
 
 
-def account(directory: Path) -> int:
-    """What libpam says to the account phase of root's by the service sshd of ``directory``; 0 is success."""
+def account(directory: Path, function: str = "pam_acct_mgmt") -> int:
+    """What libpam says to a phase of root's by the service sshd of ``directory``; 0 is success."""
     pam = ctypes.CDLL("libpam.so.0")
     handle = ctypes.c_void_p()
     conversation = _Conversation(_NOBODY, None)
@@ -38,7 +40,7 @@ def account(directory: Path) -> int:
     )
     assert started == 0, started
     try:
-        return int(pam.pam_acct_mgmt(handle, 0))
+        return int(getattr(pam, function)(handle, 0))
     finally:
         pam.pam_end(handle, 0)
 
@@ -196,3 +198,52 @@ def test_a_line_that_has_no_end(tmp_path: Path) -> None:
         account(tmp_path)  # PAM_ABORT, from the start
     with pytest.raises(OSError, match="in the middle of a line"):
         lines_of("sshd", tmp_path)
+
+
+# Each says PAM_IGNORE of root, as ours does, which is not needed for what libpam makes of that.
+SILENT = ("pam_nologin.so", "pam_warn.so", "pam_wheel.so")
+
+
+@pytest.mark.parametrize("silent", SILENT)
+@pytest.mark.parametrize(
+    ("more", "passes"),
+    [
+        ("", False),
+        ("account required pam_nologin.so", False),
+        ("account [success=1 default=ignore] pam_permit.so\naccount requisite pam_deny.so", False),
+        ("account [success=ignore] pam_permit.so", False),
+        ("account sufficient pam_permit.so", True),
+        ("account optional pam_permit.so", True),
+        ("account [success=ok default=ignore] pam_permit.so", True),
+        ("account requisite pam_permit.so", True),
+        ("account substack {directory}/inner", True),
+    ],
+)
+def test_a_stack_in_which_nobody_says_yes(tmp_path: Path, silent: str, more: str, passes: bool) -> None:
+    """To libpam that is a no: so root is refused where ours is the only line that could have said yes."""
+    (tmp_path / "inner").write_text("account required pam_permit.so\n")
+    (tmp_path / "sshd").write_text(f"account required {silent}\n{more.format(directory=tmp_path)}\n")
+    assert (account(tmp_path) == 0) == passes
+    (tmp_path / "sshd").write_text(f"account required pam_adopt.so\n{more.format(directory=tmp_path)}\n")
+    assert is_silent("account", lines_of("sshd", tmp_path)) == (not passes)
+
+
+@pytest.mark.parametrize(
+    ("line", "function", "passes"),
+    [
+        ("account required pam_limits.so", "pam_acct_mgmt", False),
+        ("account optional pam_limits.so", "pam_acct_mgmt", True),
+        ("account required pam_localuser.so", "pam_acct_mgmt", True),
+        ("session required pam_faillock.so", "pam_open_session", False),
+        ("session required pam_lost.so", "pam_open_session", False),
+        ("session optional pam_lost.so", "pam_open_session", True),
+        ("session required pam_env.so", "pam_open_session", True),
+    ],
+)
+def test_a_module_that_libpam_cannot_call(tmp_path: Path, line: str, function: str, passes: bool) -> None:
+    """For want of what lines of that kind need: as one that is missing."""
+    kind = line.split()[0]
+    (tmp_path / "sshd").write_text(f"{line}\n{kind} required pam_permit.so\n")
+    assert (account(tmp_path, function) == 0) == passes
+    found = list(look_at_module(Scene(tmp_path / "adoptd.toml", Config(), tmp_path, "sshd")))
+    assert bool(found) != passes, found

@@ -8,7 +8,9 @@ import subprocess
 import tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Dict, Iterator, List, Sequence, Tuple
+from pathlib import Path
+from types import MappingProxyType
+from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import pytest
 
@@ -40,7 +42,7 @@ def namespaces(*kinds: str) -> Iterator[Dict[str, int]]:
         for fd in opened.values():
             stack.callback(os.close, fd)
         process.stdin.close()
-        process.wait(timeout=10)
+        process.wait(timeout=60)
         yield opened
 
 
@@ -60,25 +62,28 @@ def run(
     step: str = "session",
     flags: Sequence[str] = (),
     detect_leaks: bool = True,
+    environ: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
     """One login whose agent sends these descriptors, as many as it announces."""
     with Agent(login.socket_path, (say(replace(reply, descriptors=len(fds)).pack(), fds),)):
-        return login(*options, steps=(step,), flags=flags, detect_leaks=detect_leaks)
+        return login(*options, steps=(step,), flags=flags, detect_leaks=detect_leaks, environ=environ)
 
 
 REFUSED: List[Tuple[str, str]] = [
     ("a file", "reply descriptor 0 is not a namespace"),
     ("a directory of /proc", "reply descriptor 0 is not a namespace"),
     ("a socket", "reply descriptor 0 is not a namespace"),
+    ("a device that answers as a namespace does", "reply descriptor 0 is not a namespace"),
     ("one kind twice", "reply has two descriptors for /proc/self/ns/uts"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "fault"), REFUSED, ids=[row[0] for row in REFUSED])
-def test_a_descriptor_that_is_no_namespace_is_refused(login: Login, kind: str, fault: str) -> None:
+def test_a_descriptor_that_is_no_namespace_is_refused(login: Login, forged_kernel: Path, kind: str, fault: str) -> None:
     """Anything but a namespace, or two of a kind, is no valid reply; every descriptor is closed."""
     with ExitStack() as stack:
-        if kind == "a file":
+        environ: Dict[str, str] = {}
+        if kind == "a file" or "answers" in kind:
             fds = [stack.enter_context(tempfile.TemporaryFile()).fileno()]
         elif kind == "a socket":
             fds = [stack.enter_context(socket.socket()).fileno()]
@@ -88,7 +93,9 @@ def test_a_descriptor_that_is_no_namespace_is_refused(login: Login, kind: str, f
         else:
             fds = [os.open("/proc/self/ns", os.O_RDONLY)]
             stack.callback(os.close, fds[0])
-        outcome = run(login, fds, "action_generic_failure=deny")
+        if "answers" in kind:
+            environ = {"LD_PRELOAD": str(forged_kernel), "FORGED": "ioctl"}
+        outcome = run(login, fds, "action_generic_failure=deny", environ=environ)
     assert outcome.rc == "PAM_PERM_DENIED"
     assert fault in outcome.log[-1]
 

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from slurm_scene import V1, Scene
 from slurm_scene import soon as scene_soon
 
+from adoptd import environment
 from adoptd.adoption import Adoptions
 from adoptd.deadline import Deadline
-from adoptd.environment import ENVIRON_MAX_BYTES, environment_of
+from adoptd.environment import ENVIRON_MAX_BYTES, environment_of, uids_of
 from adoptd.jobs.cgroup import CgroupJobs
 from adoptd.jobs.environment import FORBIDDEN, JobEnvironment, is_forbidden, parse_pattern, processes_below
 from adoptd.jobs.template import JobPath
@@ -119,6 +120,23 @@ def test_a_process_that_ended_meanwhile_is_not_believed() -> None:
         assert environment_of(handle, ALICE) is None
 
 
+@pytest.mark.parametrize("moment", ["_read", "_read_in_time"], ids=["its uids are read", "its environment is read"])
+def test_a_process_that_ends_while_it_is_read_is_not_believed(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Until it is gone it reads as its own; after that the same pid may be anybody's."""
+    with process(A="1") as made, held(made.pid) as handle:
+        reading = getattr(environment, moment)
+
+        def meanwhile(*arguments: object) -> object:
+            read_by_then = reading(*arguments)
+            made.kill()
+            made.wait()
+            return read_by_then
+
+        monkeypatch.setattr(environment, moment, meanwhile)
+        told = uids_of(handle) if moment == "_read" else environment_of(handle, ALICE)
+        assert told is None
+
+
 def test_what_is_no_variable_is_left_out(tmp_path: Path) -> None:
     """Names twice, names that are none, no "=", the rest behind the last NUL; bytes that are no UTF-8 are kept."""
     data = b"A=1\0B=1\0B=2\0=x\0C\0D-D=1\0 E=1\0BASH_FUNC_f%%=() { :; }\0F=\0G=a=b\nc\0H=\xff\0LAST=cut"
@@ -162,6 +180,47 @@ def test_a_wide_pattern_sends_no_forbidden_name() -> None:
     variables = {"PATH": "/evil", "PYTHONPATH": "/evil", "PERL5LIB": "/evil", "LD_PRELOAD": "/evil", "PBS_O_HOST": "h"}
     with process(**variables) as made:
         assert added(with_processes(made), "P*", "L*") == {**OWN, "PBS_O_HOST": "h"}
+
+
+def test_slurm_s_commands_below_us_in_the_stack_take_nothing_from_a_job() -> None:
+    """SLURM_CONF names a file, and that names plugins: root's squeue in a pam_exec hook ran the user's code."""
+    evil = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_SACK_SOCKET", "SLURM_WORKING_CLUSTER")
+    runs = ("SLURM_TASK_PROLOG", "SLURM_STDOUTMODE", "SLURM_SPANK_X", "SLURM_EXPORT_ENV", "SLURM_TIME_FORMAT")
+    with process(**dict.fromkeys((*evil, *runs), "/evil"), SLURM_NNODES="2") as made:
+        assert added(with_processes(made)) == {**OWN, "SLURM_NNODES": "2"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("PAM_USER", "SSH_ASKPASS", "OPENSSL_CONF", "KRB5_CONFIG", "KRB5CCNAME", "LUA_INIT", "NODE_OPTIONS"),
+        *("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "GIT_SSH_COMMAND", "XDG_CONFIG_HOME", "DBUS_SYSTEM_BUS_ADDRESS"),
+        *("SSL_CERT_FILE", "SSLKEYLOGFILE", "CURL_HOME", "ZDOTDIR", "TAR_OPTIONS", "MODULEPATH", "_ModuleTable001_"),
+        *("SQUEUE_FORMAT", "SCANCEL_USER", "SBATCH_EXPORT", "SYSTEMD_PAGER", "https_proxy", "LESSOPEN"),
+    ],
+)
+def test_what_programs_of_root_s_are_steered_by_is_refused(name: str) -> None:
+    """By name at the start of the agent, and never sent where a wide pattern matches it."""
+    with pytest.raises(ValueError, match="is refused by pam_adopt"):
+        parse_pattern(name)
+    with process(**{name: "/evil"}) as made:
+        assert added(with_processes(made), f"{name[:1]}*") == OWN
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("SLURM_JOBID", "SLURM_NNODES", "SLURM_NODELIST", "SLURM_STEP_ID", "SLURM_CPUS_PER_TASK", "SLURM_PROCID"),
+        *("SLURM_TASKS_PER_NODE", "SLURM_SUBMIT_DIR", "SLURM_CLUSTER_NAME", "SLURM_CPU_BIND", "SLURM_MPI_TYPE"),
+        *("SRUN_CPUS_PER_TASK", "SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
+        *("PMI_RANK", "PMIX_NAMESPACE", "OMPI_MCA_btl", "I_MPI_FABRICS", "UCX_TLS", "NCCL_DEBUG", "TMPDIR", "LANG"),
+    ],
+)
+def test_what_programs_of_the_user_s_are_given_a_job_for_may_be_sent(name: str) -> None:
+    """TMPDIR too: the session is to find what the job keeps there."""
+    assert parse_pattern(name) == name
+    with process(**{name: "x"}) as made:
+        assert added(with_processes(made), f"{name[:2]}*") == {**OWN, name: "x"}
 
 
 @given(st.sampled_from(FORBIDDEN), st.text("ABC_xyz012", max_size=4))
@@ -316,8 +375,8 @@ def test_an_adopted_session_is_given_it_in_both_phases(phase: Phase, mode: Mode)
     """A site with the account line alone has it too; nothing is read for a login that is only observed."""
     backend = FakeBackend(JOB)
     workers = Workers("jobs", 2, 8)
-    pending, environment = PendingLogins(time.monotonic), JobEnvironment(("CUDA_*",))
-    adoptions = Adoptions("n1", backend, None, pending, workers, Metrics(), environment=environment)
+    pending, given = PendingLogins(time.monotonic), JobEnvironment(("CUDA_*",))
+    adoptions = Adoptions("n1", backend, None, pending, workers, Metrics(), environment=given)
     request = PamRequest(phase, mode, Options(), ALICE, 1000, None, "sshd", "alice", "", False, True)
     with process(CUDA_VISIBLE_DEVICES="0,1", HOME="/evil") as made, held(os.getpid()) as caller:
         backend.of_process[made.pid] = JOB

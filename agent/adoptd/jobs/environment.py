@@ -23,8 +23,22 @@ from adoptd.wire.pam import ENVIRONMENT_MAX_BYTES
 # pam_hook/reply.c says why; a test compares the two lists. A name that ends in "*" is a prefix.
 FORBIDDEN = (
     *("LD_*", "GCONV_PATH", "GETCONF_DIR", "GLIBC_TUNABLES", "HOSTALIASES", "LOCALDOMAIN", "LOCPATH", "MALLOC_*"),
-    *("NIS_PATH", "NLSPATH", "RESOLV_HOST_CONF", "RES_OPTIONS", "TZDIR", "PATH", "IFS", "ENV", "BASH_*", "BASHOPTS"),
-    *("SHELLOPTS", "PS4", "CDPATH", "PYTHON*", "PERL*", "RUBY*", "HOME", "SHELL", "USER", "LOGNAME"),
+    *("NIS_PATH", "NLSPATH", "RESOLV_HOST_CONF", "RES_OPTIONS", "TZDIR"),
+    *("PATH", "IFS", "ENV", "BASH_*", "BASHOPTS", "SHELLOPTS", "PS4", "CDPATH", "GLOBIGNORE", "ZDOTDIR", "FPATH"),
+    *("NULLCMD", "READNULLCMD", "TMPPREFIX"),
+    *("PYTHON*", "PERL*", "RUBY*", "GEM_*", "BUNDLE_*", "LUA_*", "TCL*", "PHP*", "NODE_OPTIONS", "NODE_PATH"),
+    *("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS", "CLASSPATH"),
+    *("HOME", "SHELL", "USER", "LOGNAME", "SSH_*", "SUDO_*", "PAM_*"),
+    *("SLURM_CONF*", "SLURM_JWT", "SLURM_SACK_*", "SLURM_CLUSTERS", "SLURM_WORKING_CLUSTER"),
+    *("SLURM_PROLOG", "SLURM_EPILOG", "SLURM_TASK_PROLOG", "SLURM_TASK_EPILOG", "SLURM_STD*", "SLURM_BCAST*"),
+    *("SLURM_CONTAINER*", "SLURM_EXPORT_ENV", "SLURM_SPANK_*", "_SLURM_SPANK_*", "SRUN_CONTAINER*", "SRUN_EXPORT_ENV"),
+    *("SLURM_TIME_FORMAT", "SACCT_*", "SALLOC_*", "SBATCH_*", "SCANCEL_*", "SCONTROL_*", "SINFO_*", "SQUEUE_*"),
+    *("MODULE*", "LMOD_*", "_ModuleTable*"),
+    *("OPENSSL_*", "SSL_CERT_*", "SSLKEYLOGFILE", "GNUTLS_*", "P11_KIT_*", "KRB5*", "GSS_*", "SASL_*", "LDAP*"),
+    *("GIO_*", "DBUS_*", "XDG_*", "TERMINFO*", "TERMCAP", "TERMPATH"),
+    *("GIT_*", "SYSTEMD_*", "RSYNC_*", "TAR_OPTIONS", "MAKEFILES", "MAKEFLAGS", "EDITOR", "VISUAL", "PAGER", "LESS*"),
+    *("MAILRC", "GNUPGHOME", "CURL_*", "WGETRC", "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY"),
+    *("HTTPS_PROXY", "ALL_PROXY"),
 )
 
 # Of a login's budget of 1 s, all of which an adoption may need.
