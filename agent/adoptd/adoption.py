@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Callable, Mapping, Optional, Tuple, Union
 
 from adoptd import log
-from adoptd.callerid import Asker, AskFault, Told
+from adoptd.callerid import Asker, AskFault, Told, reason_told
 from adoptd.deadline import Deadline
 from adoptd.decision import Decision, Login, Trail, reply_of
 from adoptd.jobs import Adopt, JobBackend, JobSession
@@ -48,6 +48,7 @@ class _Look:
 
     def __init__(self) -> None:
         self.jobs: Optional[Tuple[Job, ...]] = None
+        self.suspended: Tuple[Job, ...] = ()
         self.at_s = 0.0
         # An adoption that needed no question to anybody: begun, and how it ended.
         self.tried = False
@@ -165,9 +166,12 @@ class Adoptions:
             if stage.fault is not None:
                 self._metrics.count_job_fault(stage.name, stage.fault)
 
-    async def explain(self, login: Login, deadline: Deadline) -> Decision:
-        """The decision that ``login``'s account phase would get now. Moves nothing, remembers nothing."""
-        return await self._decide(login, None, Trail(""), deadline)
+    async def explain(self, login: Login, deadline: Deadline, reader_uid: int = 0) -> Decision:
+        """The decision that ``login``'s account phase would get now, as ``reader_uid`` may be told of it.
+
+        Moves nothing, remembers nothing.
+        """
+        return await self._decide(login, None, Trail(""), deadline, reader_uid)
 
     def _keep(self, request: PamRequest, process: ProcessHandle, decision: Decision) -> None:
         """Note the session. Without it the login is as right; it is then not watched, nor seen by its user."""
@@ -248,27 +252,39 @@ class Adoptions:
             return self._texts.welcome(decision.job.id, story.because, story.choices)
         return "" if decision.step is Step.DENY else self._texts.outside(decision.situation)
 
-    async def _decide(self, login: Login, mover: Optional[_Mover], trail: Trail, deadline: Deadline) -> Decision:
+    async def _decide(
+        self, login: Login, mover: Optional[_Mover], trail: Trail, deadline: Deadline, reader_uid: int = 0
+    ) -> Decision:
         look = await self._look(login, mover, trail, deadline)
         situation = situation_of(None if look.jobs is None else len(look.jobs))
-        here = look.jobs or ()
         named: Optional[Job] = None
         told: Optional[Told] = None
         while True:
+            here = look.jobs or ()
             step = next_step(situation, login.options)
             if step is Step.ASK_SOURCE:
-                told = await self._ask(login, here, deadline)
+                # Once: who ends their jobs one by one is not to use up the time of the login with it.
+                if told is None:
+                    told = await self._ask(login, here, deadline)
+                    told = replace(told, reason=reason_told(reader_uid, told.reason))
+                    foreign = any(job.id == told.job_id and _of_other_cluster(told, job) for job in here)
+                    words = _words(told, _named_here(told, here))
+                    trail.add("ask_source", words, JobFault.OTHER_CLUSTER if foreign else None)
                 named = _named_here(told, here)
-                foreign = any(job.id == told.job_id and _of_other_cluster(told, job) for job in here)
-                trail.add("ask_source", _words(told, named), JobFault.OTHER_CLUSTER if foreign else None)
                 situation = Situation.UNKNOWN if named is None else Situation.NAMED
             elif step in AFTER_FAILURE:
                 job = named if step is Step.ADOPT_NAMED and named is not None else here[0]
                 try:
                     session = look.take() if look.tried else await self._adopt(job, mover, deadline)
                 except (AdoptionFailed, JobManagerError, OutOfTime, Overloaded) as error:
-                    trail.add("adopt", f"job {job.id} failed: {error}", _fault_of(error))
-                    situation = AFTER_FAILURE[step]
+                    fault = _fault_of(error)
+                    trail.add("adopt", f"job {job.id} failed: {error}", fault)
+                    left = await self._left_without(job, fault, here, login, deadline)
+                    if left is None:
+                        situation = AFTER_FAILURE[step]
+                    else:
+                        _say_jobs(left, trail)
+                        look, situation = left, situation_of(len(left.jobs or ()))
                     continue
                 trail.add("adopt", _adopted_words(job, mover))
                 return Decision(
@@ -284,7 +300,7 @@ class Adoptions:
                     session=session,
                 )
             else:
-                return self._finish(step, situation, here, trail)
+                return self._finish(step, situation, here, trail, look.suspended)
 
     async def _look(self, login: Login, mover: Optional[_Mover], trail: Trail, deadline: Deadline) -> _Look:
         """The user's jobs here and, where the rules adopt into one at once, that adoption: one trip to a thread."""
@@ -292,6 +308,7 @@ class Adoptions:
 
         def find_and_adopt() -> None:
             with self._jobs.here(login.uid, deadline) as here:
+                look.suspended = here.suspended
                 look.at_s, look.jobs = time.monotonic(), here.jobs
                 if mover is None or next_step(situation_of(len(here.jobs)), login.options) not in AFTER_FAILURE:
                     return
@@ -309,9 +326,43 @@ class Adoptions:
                 # Or a thread that was given up a moment too early would change what was just said.
                 return _Look()
             look.error = error
-        trail.choices = tuple(job.id for job in look.jobs or ())
-        trail.add("jobs_here", ", ".join(trail.choices) or "none", at_s=look.at_s)
+        _say_jobs(look, trail)
         return look
+
+    async def _left_without(
+        self, tried: Job, fault: JobFault, here: Tuple[Job, ...], login: Login, deadline: Deadline
+    ) -> Optional[_Look]:
+        """What is left of ``here`` if ``tried`` was not to be adopted into because it has ended since, or is suspended.
+
+        None: it has not, as far as can be told, and this is the failure it looks like. A job less is no failure, by
+        which the rules may let in: whoever ends their jobs while a silent source is asked would have a session in none.
+        What has begun since does not count, so that this comes to an end whatever the user begins and ends.
+        """
+        # It may be a manager that hangs, and what is decided then has to be said in time.
+        half = deadline.earlier(deadline.remaining_s() * 1000.0 / 2.0)
+
+        def find() -> _Look:
+            look = _Look()
+            with self._jobs.here(login.uid, half) as now:
+                look.suspended, look.jobs = now.suspended, now.jobs
+            look.at_s = time.monotonic()
+            return look
+
+        try:
+            now = await self._workers.run(find, half)
+        except (JobManagerError, OutOfTime, Overloaded):
+            if fault is not JobFault.JOB_ENDED:
+                return None
+            # The backend itself has said so of this one.
+            now = _Look()
+            now.jobs, now.at_s = tuple(job for job in here if job != tried), time.monotonic()
+        found = now.jobs or ()
+        if tried in found and fault is not JobFault.JOB_ENDED:
+            return None
+        # A job that took nobody in because it was suspended is out of it, also if it runs again by now: whoever
+        # suspends and resumes it would else have a failure to be let in by.
+        now.jobs = tuple(job for job in here if job in found and job != tried)
+        return now
 
     async def _ask(self, login: Login, here: Tuple[Job, ...], deadline: Deadline) -> Told:
         if self._asker is None:
@@ -338,7 +389,15 @@ class Adoptions:
             session.environment = self._environment.added_to(session.environment, self._jobs, job, deadline)
         return session
 
-    def _finish(self, step: Step, situation: Situation, here: Tuple[Job, ...], trail: Trail) -> Decision:
+    def _finish(
+        self,
+        step: Step,
+        situation: Situation,
+        here: Tuple[Job, ...],
+        trail: Trail,
+        suspended: Tuple[Job, ...] = (),
+    ) -> Decision:
+        denied = step is Step.DENY
         trail.add("decide", f"{situation.value}: {step.value}")
         return Decision(
             step=step,
@@ -347,10 +406,18 @@ class Adoptions:
             adopted=False,
             job=None,
             witness=None,
-            message=self._texts.denial(situation, here, trail.request_id) if step is Step.DENY else "",
+            message=self._texts.denial(situation, here, trail.request_id, suspended) if denied else "",
             stages=trail.stages,
             story=trail.story(),
         )
+
+
+def _say_jobs(look: _Look, trail: Trail) -> None:
+    """Note what was found, for all who read the trail, and that it is these the user has to choose from."""
+    trail.choices = tuple(job.id for job in look.jobs or ())
+    suspended = ", ".join(job.id for job in look.suspended)
+    running = ", ".join(trail.choices) or "none"
+    trail.add("jobs_here", running + (f"; suspended: {suspended}" if suspended else ""), at_s=look.at_s)
 
 
 def _fault_of(error: Union[AdoptionFailed, JobManagerError, OutOfTime, Overloaded]) -> JobFault:

@@ -36,6 +36,13 @@ _DENIALS: Mapping[Situation, str] = {
     "({jobs}). " + _FAILED,
 }
 
+# Instead of NO_JOBS, for a user who has jobs here that stand still: of one, and of several.
+_SUSPENDED: Mapping[bool, str] = {
+    False: "your job {jobs} on {node} is suspended, and a session in it would stand still. Log in when it runs again.",
+    True: "your jobs on {node} ({jobs}) are suspended, and a session in one of them would stand still. Log in when one "
+    "of them runs again.",
+}
+
 # Where a user sees on which nodes their jobs run, by job manager. The node itself knows its own jobs only.
 _LOOK: Mapping[str, str] = {"slurm": " (squeue --me lists them)"}
 
@@ -48,7 +55,7 @@ _BECAUSE: Mapping[str, str] = {
 
 # Why a session that was let in is in no job.
 _OUTSIDE: Mapping[Situation, str] = {
-    Situation.NO_JOBS: "you have none here",
+    Situation.NO_JOBS: "you have none running here",
     Situation.UNKNOWN: "which of yours your connection came from could not be found out",
     Situation.NAMED_FAILED: "it could not be put into the one your connection came from",
     Situation.ADOPT_FAILURE: "it could not be put into it",
@@ -75,12 +82,15 @@ class Texts:
     contact: str = ""
     notice: Notice = Notice.CHOICE
 
-    def denial(self, situation: Situation, here: Sequence[Job], request_id: str) -> str:
-        """Why nobody is let in, and what to do: for the user's terminal. ``here`` are the user's own jobs.
+    def denial(self, situation: Situation, here: Sequence[Job], request_id: str, suspended: Sequence[Job] = ()) -> str:
+        """Why nobody is let in, and what to do: for the user's terminal. ``here`` are the user's own jobs, and
+        ``suspended`` those besides that nobody can log in to.
 
         ``request_id`` is what the user can quote; "" for a decision that is only explained.
         """
         why = _DENIALS.get(situation, "this login does not meet the rules of {node}.")
+        if situation is Situation.NO_JOBS and suspended:
+            why, here = _SUSPENDED[len(suspended) > 1], suspended
         body = why.format(node=self.node, jobs=_listed([job.id for job in here]), look=_LOOK.get(self.backend, ""))
         whom = self.contact or ("" if situation is Situation.NO_JOBS else "Tell your administrator if it goes on.")
         contact = f" {whom}" if whom else ""

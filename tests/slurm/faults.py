@@ -62,6 +62,7 @@ class Watch:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._tail = node.agent_log()
+        self._syslog = node.syslog()
         self._before = self._samples()
 
     def counted(self, name: str, **labels: str) -> float:
@@ -72,9 +73,9 @@ class Watch:
         """Whether a line has been logged that has this in it."""
         return any(re.search(pattern, line) for line in self._tail.lines())
 
-    def counts(self, name: str, exactly: Optional[int] = None, **labels: str) -> None:
-        """Wait until it has counted, once or more often or ``exactly`` so often: it does when it has replied."""
-        self._soon(lambda: self.counted(name, **labels) >= (exactly or 1), f"{name} with {labels}")
+    def counts(self, name: str, exactly: Optional[int] = None, at_least: int = 1, **labels: str) -> None:
+        """Wait until it has counted, ``exactly`` so often or ``at_least``: it does when it has replied."""
+        self._soon(lambda: self.counted(name, **labels) >= (exactly or at_least), f"{name} with {labels}")
         assert exactly in (None, self.counted(name, **labels)), self.text()
 
     def logs(self, pattern: str) -> None:
@@ -88,8 +89,8 @@ class Watch:
             raise AssertionError(f"{error}\n{self.text()}") from None
 
     def text(self) -> str:
-        """All that was logged."""
-        return "\n".join(self._tail.lines())
+        """All that was logged, by the agent and then by everybody else."""
+        return "\n".join([*self._tail.lines(), *self._syslog.lines()])
 
     def _samples(self) -> Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]:
         found: Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float] = {}
@@ -126,7 +127,7 @@ def check(
         lab.pam(f"{options} {governed.option}={value}")
         watch = Watch(lab.second)
         found = lab.login().landed if login is None else login()
-        assert found == landed, f"{governed.option}={value}\n{watch.text()}"
+        assert found == landed, f"{found}, expected {landed}, with {governed.option}={value}\n{watch.text()}"
         reason = "newest" if outcome == "adopted" else governed.reason
         watch.counts("adoptd_adoptions_total", 1, phase="account", outcome=outcome, reason=reason)
         if fault is not None:

@@ -8,30 +8,30 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
 from adoptd.deadline import Deadline
 from adoptd.jobs import CgroupFinding
 from adoptd.jobs.slurm import SlurmJobs
-from adoptd.model import AdoptionFailed, Job, JobManagerError
+from adoptd.model import AdoptionFailed, Job, JobFault, JobManagerError
 from adoptd.process import open_process
+from lab.waiting import until
 from slurm.cluster import ALICE, BOB, SlurmCluster, User
 
 pytestmark = pytest.mark.timeout(180)
 
 
-def soon(ms: float = 3000.0) -> Deadline:
+def soon(ms: float = 60_000.0) -> Deadline:
     return Deadline.after_ms(ms)
 
 
 @pytest.fixture
 def jobs(cluster: SlurmCluster) -> SlurmJobs:
     """An agent that has just started: it has heard no step yet. One that works is waited for as long as it takes."""
-    return SlurmJobs(cluster.conf(), step_ms=2500.0)
+    return SlurmJobs(cluster.conf(), step_ms=30_000.0)
 
 
 @pytest.fixture
@@ -60,6 +60,13 @@ def running(cluster: SlurmCluster, user: User, count: int = 1, *options: str) ->
 
 def numbers(found: Tuple[Job, ...]) -> List[int]:
     return [int(job.id) for job in found]
+
+
+def heard(jobs: SlurmJobs, user: User) -> Optional[List[int]]:
+    """None if a step was too slow."""
+    with contextlib.suppress(JobManagerError):
+        return numbers(jobs.jobs_of(user.uid, soon()))
+    return None
 
 
 def the_job(jobs: SlurmJobs, job_id: int, user: User = ALICE) -> Job:
@@ -131,11 +138,9 @@ def test_a_process_is_adopted_and_ends_with_its_job(
         listed = cluster.run(["scontrol", "listpids", str(ids[0]), cluster.host])
         rows = [line.split() for line in listed.splitlines()]
         assert [row[2] for row in rows if row[0] == str(child.pid)] == ["extern"]
-        assert jobs.session(job, False, False, Deadline.after_ms(1000)).environment == {"SLURM_JOB_ID": str(ids[0])}
+        assert jobs.session(job, False, False, soon()).environment == {"SLURM_JOB_ID": str(ids[0])}
         cluster.cancel(ids[0])
-        began = time.monotonic()
-        assert child.wait(30) == -signal.SIGKILL
-        assert time.monotonic() - began < 5.0
+        assert child.wait(60) == -signal.SIGKILL
         cluster.wait_gone(ids[0])
         assert numbers(jobs.jobs_of(ALICE.uid, soon())) == [ids[1]]
         assert not jobs.contains(job, child.pid)
@@ -189,25 +194,25 @@ def test_a_job_that_ends_before_the_adoption(
         assert jobs.job_of_process(child.pid) is None
 
 
-def test_a_step_that_hangs(cluster: SlurmCluster, jobs: SlurmJobs, child: subprocess.Popen[bytes]) -> None:
+def test_a_step_that_hangs(cluster: SlurmCluster, child: subprocess.Popen[bytes]) -> None:
     """A stopped slurmstepd: other users do not notice, its owner's job is still counted, adoptions fail in time."""
+    noted: List[JobFault] = []
+    jobs = SlurmJobs(cluster.conf(), step_ms=30_000.0, noted=noted.append)
     with running(cluster, ALICE) as ids, running(cluster, BOB) as bobs:
         job = the_job(jobs, ids[0])
         jobs.jobs_of(BOB.uid, soon())
-        newcomer = SlurmJobs(cluster.conf())
+        newcomer = SlurmJobs(cluster.conf(), step_ms=500.0)
         os.kill(job.identity[1], signal.SIGSTOP)
         try:
-            began = time.monotonic()
             assert numbers(jobs.jobs_of(BOB.uid, soon())) == bobs
-            assert time.monotonic() - began < 0.15
-            assert jobs.jobs_of(ALICE.uid, soon()) == (job,)
-            assert numbers(newcomer.jobs_of(BOB.uid, soon())) == bobs
+            assert noted == []
+            assert jobs.jobs_of(ALICE.uid, soon(300)) == (job,)
+            assert noted == [JobFault.STEP_SILENT]
+            until(lambda: heard(newcomer, BOB) == bobs, "bob's step heard by an agent that waits half a second")
             with pytest.raises(JobManagerError, match=f"{cluster.host}_{ids[0]}"):
                 newcomer.jobs_of(ALICE.uid, soon())
-            began = time.monotonic()
             with open_process(child.pid) as handle, pytest.raises(AdoptionFailed, match="in time"):
                 jobs.adopt(handle, job, soon(300))
-            assert time.monotonic() - began < 1.0
         finally:
             os.kill(job.identity[1], signal.SIGCONT)
 
@@ -260,7 +265,7 @@ def test_twenty_adoptions_at_once(cluster: SlurmCluster, jobs: SlurmJobs) -> Non
             def enter(number: int) -> None:
                 try:
                     with open_process(children[number].pid) as handle:
-                        jobs.adopt(handle, targets[number % 2], soon(20_000))
+                        jobs.adopt(handle, targets[number % 2], soon())
                 except AdoptionFailed as error:
                     failures.append(error)
 

@@ -33,7 +33,7 @@ def scripted_agent(path: Path, script: Callable[[Command], Reply]) -> Iterator[L
             except OSError:
                 return
             with client, contextlib.suppress(OSError):
-                client.settimeout(5.0)
+                client.settimeout(60.0)
                 prefix = _read(client, 4)
                 if len(prefix) < 4:
                     continue
@@ -53,7 +53,7 @@ def scripted_agent(path: Path, script: Callable[[Command], Reply]) -> Iterator[L
     finally:
         stopping.set()
         listener.shutdown(socket.SHUT_RDWR)
-        thread.join(10.0)
+        thread.join(60.0)
         listener.close()
 
 

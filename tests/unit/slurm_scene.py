@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from adoptd.deadline import Deadline
 from adoptd.jobs.slurm import SlurmJobs
 from adoptd.jobs.slurm_conf import HostView, SlurmConf, SlurmOverrides
-from adoptd.model import Job
+from adoptd.model import Job, JobManagerError
 from fake_cgroups import V2, FakeHost
 from slurmstepd_double import Step
 
@@ -18,16 +19,23 @@ V1 = ("freezer", "memory")
 SLICE = "/system.slice/slurmstepd.scope"
 
 # Doubles are threads of the test and share its CPU with other tests: only a test of silence is in a hurry.
-PATIENT_MS = 10_000.0
+PATIENT_MS = 60_000.0
 HASTY_MS = 400.0
 
 
-def soon(ms: float = 15_000.0) -> Deadline:
+def soon(ms: float = 90_000.0) -> Deadline:
     return Deadline.after_ms(ms)
 
 
 def ids(jobs: Sequence[Job]) -> List[str]:
     return [job.id for job in jobs]
+
+
+def heard(jobs: SlurmJobs, uid: int) -> Optional[List[str]]:
+    """The ids of a user's jobs for a backend in haste: None if a step was too slow for it, as a sound one may be."""
+    with contextlib.suppress(JobManagerError):
+        return ids(jobs.jobs_of(uid, soon()))
+    return None
 
 
 class Scene:

@@ -8,17 +8,18 @@ import os
 import re
 import threading
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, FrozenSet, List, Optional, Tuple
 
 import pytest
-from fakes import ALICE, BOB, FakeAsker, FakeBackend, connection, job, soon
+from fakes import ALICE, BOB, FakeAsker, FakeBackend, connection, job, longer, soon
 
 from adoptd.adoption import Adoptions
 from adoptd.callerid import Asker, AskFault, Told
 from adoptd.deadline import Deadline
 from adoptd.decision import Decision, Login
+from adoptd.jobs import JobSession, JobsHere
 from adoptd.metrics import Metrics
-from adoptd.model import Connection, Job, JobFault, Witness
+from adoptd.model import AdoptionFailed, Connection, IPAddress, Job, JobFault, Witness
 from adoptd.policy import Action, Options, Situation, Step
 from adoptd.process import ProcessHandle, open_process
 from adoptd.sessions import PendingLogins, Sessions
@@ -53,6 +54,25 @@ class Served:
         return self.reply.summary.partition(" request=")[0]
 
 
+class SlowAsker(FakeAsker):
+    """A source that answers late: ``meanwhile`` happens first."""
+
+    def __init__(self, told: Told, meanwhile: Callable[[], object]) -> None:
+        super().__init__(told)
+        self._meanwhile = meanwhile
+
+    async def ask(
+        self,
+        connection: Connection,
+        login_uid: Optional[int],
+        deadline: Deadline,
+        at: Optional[IPAddress] = None,
+        theirs: FrozenSet[str] = frozenset(),
+    ) -> Told:
+        self._meanwhile()
+        return await super().ask(connection, login_uid, deadline, at, theirs)
+
+
 class Node:
     """A destination node whose sshd is this test process."""
 
@@ -69,6 +89,15 @@ class Node:
             name, self.backend, asker, self.pending, self.workers, self.metrics, sessions=self.sessions
         )
 
+    def while_asking(self, told: Told, meanwhile: Callable[[], object]) -> Node:
+        """From now on ``meanwhile`` happens while the source is asked."""
+        self.asker = SlowAsker(told, meanwhile)
+        asker: Optional[Asker] = self.asker  # type: ignore[assignment]
+        self.adoptions = Adoptions(
+            "n1", self.backend, asker, self.pending, self.workers, self.metrics, sessions=self.sessions
+        )
+        return self
+
     def serve(
         self,
         phase: Phase,
@@ -76,7 +105,7 @@ class Node:
         uid: int = ALICE,
         over: Optional[Connection] = ENDS,
         mode: Mode = Mode.ENFORCE,
-        ms: float = 2000.0,
+        ms: float = 30_000.0,
     ) -> Served:
         request = PamRequest(phase, mode, options, uid, 1000, over, "sshd", "alice", "", True, False)
 
@@ -290,6 +319,214 @@ def test_the_newest_is_tried_once_when_it_was_the_named_one() -> None:
     assert node.backend.tried == ["18", "18"]
 
 
+# ---- jobs that end while their login is decided
+
+
+@pytest.mark.parametrize("told", [UNKNOWN, NAMES_OLD], ids=["silent", "names one"])
+@pytest.mark.parametrize("later", [(), (job("19", created=3, identity=(3,)), job("20", created=4, identity=(4,)))])
+def test_who_ends_their_jobs_while_the_source_is_asked_is_not_let_in(told: Told, later: Tuple[Job, ...]) -> None:
+    """By default a failed adoption lets in, into no job: a job that has ended is none; nor is one begun since asked."""
+    node = Node(OLD, NEW)
+    node.while_asking(told, lambda: node.backend.jobs.__setitem__(slice(None), later))
+    served = node.account()
+    assert (served.verdict, served.decision.situation) == (Verdict.DENY, Situation.NO_JOBS)
+    assert node.moved_to is None
+    assert set(node.backend.tried) <= {"17", "18"}
+    found = [(stage.name, stage.found) for stage in served.decision.stages]
+    assert found[0] == ("jobs_here", "18, 17")
+    assert found[-2:] == [("jobs_here", "none"), ("decide", "no_jobs: deny")]
+    assert served.decision.story.choices == ()
+    assert node.account(Options(action_no_jobs=IGNORE)).verdict is (Verdict.IGNORE if not later else Verdict.SUCCESS)
+
+
+@pytest.mark.parametrize("told", [UNKNOWN, Told(Outcome.JOB, "owner", "18", Witness.BPF)])
+def test_the_one_that_is_left_is_taken(told: Told) -> None:
+    """As the user's only job, which it is now; and the trail says so."""
+    node = Node(OLD, NEW)
+    served = node.while_asking(told, lambda: node.backend.jobs.remove(NEW)).account(Options(action_unknown=NEWEST))
+    assert (served.verdict, node.moved_to, served.summary) == (Verdict.SUCCESS, "17", "reason=only_job witness=none")
+    assert node.backend.tried == ["18", "17"]
+    assert served.decision.story.choices == ("17",)
+    assert [stage.name for stage in served.decision.stages].count("jobs_here") == 2
+
+
+def test_of_several_that_are_left_the_named_one_is_taken() -> None:
+    """What the source said is still so; it is not asked a second time, which would be the user's way to use up time."""
+    other = job("16", created=0, identity=(3,))
+    node = Node(OLD, NEW, other)
+    node.backend.cannot_adopt["17"] = "broken"
+    node.while_asking(NAMES_OLD, lambda: node.backend.jobs.remove(NEW))
+    served = node.account(Options(action_adopt_failure=DENY))
+    assert served.verdict is Verdict.DENY
+    # Named, newest, and after the end of that one the same rules again: named, newest.
+    assert node.backend.tried == ["17", "18", "17", "17"]
+    assert node.asker is not None
+    assert len(node.asker.asked) == 1
+
+
+def test_jobs_that_end_one_by_one_come_to_an_end() -> None:
+    """Each of twenty is gone when it is tried, and another has begun: tried once each, asked about once, not let in."""
+    jobs = [job(str(n), created=n, identity=(n,)) for n in range(1, 21)]
+    node = Node(*jobs)
+
+    def ending(process: ProcessHandle, wanted: Job, deadline: Deadline) -> None:
+        node.backend.tried.append(wanted.id)
+        node.backend.jobs.remove(wanted)
+        new = 100 + len(node.backend.tried)
+        node.backend.jobs.insert(0, job(str(new), created=new, identity=(new,)))
+        raise AdoptionFailed("no cgroup")
+
+    node.backend.adopt = ending  # type: ignore[method-assign]
+    served = node.account()
+    assert (served.verdict, served.decision.situation) == (Verdict.DENY, Situation.NO_JOBS)
+    assert node.backend.tried == [str(n) for n in range(20, 0, -1)]
+    assert node.asker is not None
+    assert len(node.asker.asked) == 1
+
+
+def test_the_only_job_ends_as_it_is_tried() -> None:
+    """Listed and tried in one trip to a thread, in which it can end too."""
+    node = Node(OLD)
+
+    def ending(process: ProcessHandle, wanted: Job, deadline: Deadline) -> None:
+        node.backend.jobs.clear()
+        raise AdoptionFailed("no cgroup")
+
+    node.backend.adopt = ending  # type: ignore[method-assign]
+    assert node.account().decision.situation is Situation.NO_JOBS
+
+
+@pytest.mark.parametrize(
+    ("fault", "situation"), [(JobFault.OTHER, Situation.ADOPT_FAILURE), (JobFault.JOB_ENDED, Situation.NO_JOBS)]
+)
+def test_the_jobs_cannot_be_asked_for_again(fault: JobFault, situation: Situation) -> None:
+    """Then the failure stands; but not where the backend itself has said of the job that it ended."""
+    node = Node(OLD)
+
+    def failing(process: ProcessHandle, wanted: Job, deadline: Deadline) -> None:
+        node.backend.down = "no mount"
+        raise AdoptionFailed("broken", fault)
+
+    node.backend.adopt = failing  # type: ignore[method-assign]
+    served = node.account(Options(action_adopt_failure=DENY))
+    assert (served.verdict, served.decision.situation) == (Verdict.DENY, situation)
+
+
+def test_a_manager_that_hangs_when_it_is_asked_again_leaves_time_to_say_so(gate: threading.Event) -> None:
+    """Else pam_adopt.so would hear nothing in its time, and go by the rule for an agent that does not answer."""
+    node = Node(OLD)
+    here = node.backend.here
+    given: List[float] = []
+
+    def noting(uid: int, deadline: Deadline) -> ContextManager[JobsHere]:
+        given.append(deadline.at_s)
+        return here(uid, deadline)
+
+    def failing(process: ProcessHandle, wanted: Job, deadline: Deadline) -> None:
+        node.backend.hang = gate
+        raise AdoptionFailed("broken")
+
+    node.backend.here = noting  # type: ignore[method-assign]
+    node.backend.adopt = failing  # type: ignore[method-assign]
+    served = node.account(Options(action_adopt_failure=DENY, action_generic_failure=ALLOW), ms=1000.0)
+    assert (served.verdict, served.decision.situation) == (Verdict.DENY, Situation.ADOPT_FAILURE)
+    first, again = given
+    assert again < first
+
+
+def test_a_session_decided_anew_whose_jobs_end_meanwhile_is_none() -> None:
+    """The account phase's job has ended, and the others end while the session phase asks: no session in no job."""
+    node = Node(OLD, told=NAMES_OLD)
+    assert node.account().reply.adopted
+    node.backend.jobs[:] = [NEW, job("19", created=3, identity=(3,))]
+    node.while_asking(UNKNOWN, node.backend.jobs.clear)
+    served = node.session()
+    assert (served.verdict, served.decision.reason) == (Verdict.DENY, "no_jobs")
+
+
+# ---- jobs that stand still
+
+
+SUSPENDED = (
+    "Access to n1 refused: your job 17 on n1 is suspended, and a session in it would stand still. Log in when it runs "
+    "again. [request "
+)
+
+
+def test_a_suspended_job_is_no_job_to_log_in_to() -> None:
+    """sshd would stand still in it; the user hears why, the trail too."""
+    node = Node(OLD)
+    node.backend.suspended.add("17")
+    served = node.account()
+    assert (served.verdict, served.decision.situation) == (Verdict.DENY, Situation.NO_JOBS)
+    assert served.reply.message.startswith(SUSPENDED)
+    assert served.decision.stages[0].found == "none; suspended: 17"
+    assert node.backend.tried == []
+    assert node.account(Options(action_no_jobs=IGNORE)).verdict is Verdict.IGNORE
+    node.backend.suspended.clear()
+    assert node.account().job == "17"
+
+
+def test_explaining_says_that_a_job_is_suspended() -> None:
+    """The operator's view: the sentence, and the stage that names the job."""
+    node = Node(OLD)
+    node.backend.suspended.add("17")
+    decision = asyncio.run(node.adoptions.explain(Login(ALICE, "alice", ENDS, Options()), soon()))
+    assert decision.message + " [request " == SUSPENDED
+    assert decision.stages[0].found == "none; suspended: 17"
+
+
+@pytest.mark.parametrize("told", [UNKNOWN, Told(Outcome.JOB, "owner", "18", Witness.BPF)])
+def test_the_job_that_runs_is_taken(told: Told) -> None:
+    """Whichever the source names; with one that runs there is nothing to ask."""
+    node = Node(OLD, NEW, told=told)
+    node.backend.suspended.add("18")
+    served = node.account()
+    assert (served.job, served.decision.stages[0].found) == ("17", "17; suspended: 18")
+    assert node.asker is not None
+    assert node.asker.asked == []
+    assert served.decision.story.choices == ("17",)
+
+
+def test_a_job_that_is_suspended_while_the_source_is_asked() -> None:
+    """As one that has ended meanwhile: not moved into, and not let in instead."""
+    node = Node(OLD, NEW)
+    node.while_asking(UNKNOWN, lambda: node.backend.suspended.update(("17", "18")))
+    served = node.account()
+    assert (served.verdict, node.moved_to) == (Verdict.DENY, None)
+    assert "your jobs on n1 (18, 17) are suspended" in served.reply.message
+
+
+@pytest.mark.parametrize(("jobs", "moved_to"), [((OLD, NEW), "17"), ((OLD,), None)])
+def test_who_suspends_and_resumes_a_job_is_not_let_in_by_its_refusal(
+    monkeypatch: pytest.MonkeyPatch, jobs: Tuple[Job, ...], moved_to: Optional[str]
+) -> None:
+    """By the second look it runs again, which does not make a failure of it that could let anybody in."""
+    node = Node(*jobs)
+    node.while_asking(UNKNOWN, lambda: node.backend.suspended.update(each.id for each in jobs))
+    adopt = node.backend.adopt_for_session
+
+    def resumed(*arguments: Any) -> JobSession:
+        try:
+            return adopt(*arguments)
+        finally:
+            node.backend.suspended.clear()
+
+    monkeypatch.setattr(node.backend, "adopt_for_session", resumed)
+    served = node.account(Options(single_job_skip_rpc=False))
+    assert (served.verdict, node.moved_to) == (Verdict.SUCCESS if moved_to else Verdict.DENY, moved_to)
+
+
+def test_a_job_suspended_between_the_phases() -> None:
+    """The session phase does not move its own process into what stands still, nor let it be a session in no job."""
+    node = Node(OLD)
+    assert (node.account().reply.adopted, node.moved_to) == (True, "17")
+    node.backend.suspended.add("17")
+    served = node.session()
+    assert (served.verdict, node.moved_to) == (Verdict.DENY, None)
+    assert served.reply.message.startswith(SUSPENDED)
+
+
 # ---- the account phase: who is let in
 
 
@@ -482,11 +719,17 @@ def test_an_adoption_that_is_given_up_is_no_generic_failure(gate: threading.Even
     adopt = node.backend.adopt
 
     def hanging(process: ProcessHandle, job: Job, deadline: Deadline) -> None:
-        gate.wait(5.0)
+        begun.set()
+        gate.wait(60.0)
         adopt(process, job, deadline)
 
+    begun = threading.Event()
     node.backend.adopt = hanging  # type: ignore[method-assign]
-    served = node.account(Options(action_adopt_failure=DENY, action_generic_failure=ALLOW), ms=100.0)
+    # On a busy machine the thread may not have come to it by then: nothing hangs yet.
+    for ms in longer(100):
+        served = node.account(Options(action_adopt_failure=DENY, action_generic_failure=ALLOW), ms=ms)
+        if begun.is_set():
+            break
     assert (served.verdict, served.decision.situation) == (Verdict.DENY, Situation.ADOPT_FAILURE)
     assert [stage.name for stage in served.decision.stages] == ["jobs_here", "adopt", "decide"]
     assert served.decision.stages[0].found == "17"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from adoptd import hierarchy
 from adoptd.hierarchy import (
     CgroupMounts,
     Hierarchy,
@@ -150,3 +151,19 @@ def test_a_process_that_is_gone_has_no_membership(tmp_path: Path) -> None:
     assert host.mounts.membership(7) is None
     host.process(7, {"memory": "/x"})
     assert host.mounts.membership(7) == {0: "/", 2: "/x"}
+
+
+def test_a_kernel_that_opens_another_cgroup_than_was_asked_for_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The id of what was opened is its inode; a handle of another generation may stand for another."""
+    host = FakeHost(tmp_path, [V2])
+    host.cgroup("/job")
+    (unified,) = host.mounts.hierarchies()
+    host.mounts.close()
+    job = host.roots[V2] / "job"
+    monkeypatch.setattr(hierarchy, "_open_by_id", lambda *_: os.open(job, os.O_PATH | os.O_DIRECTORY))
+    before = len(os.listdir("/proc/self/fd"))
+    assert path_of_id(unified, job.stat().st_ino + 1) is None
+    assert path_of_id(unified, job.stat().st_ino) == "/job"
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -11,12 +11,13 @@ from typing import Iterator, List, Optional, Sequence, Tuple
 import pytest
 
 from adoptd.deadline import Deadline
+from adoptd.hierarchy import Hierarchy, HierarchyKind, open_root
 from adoptd.jobs import CgroupFinding, CgroupVerdict
 from adoptd.jobs import cgroup as cgroup_module
 from adoptd.jobs import directories as directories_module
 from adoptd.jobs.cgroup import CgroupJobs
 from adoptd.jobs.template import JobPath
-from adoptd.model import AdoptionFailed, Ambiguous, Job, JobManagerError
+from adoptd.model import AdoptionFailed, Ambiguous, Job, JobFault, JobManagerError
 from adoptd.process import open_process
 from fake_cgroups import V2, FakeHost
 
@@ -131,6 +132,66 @@ def test_a_link_is_no_job(tmp_path: Path) -> None:
     assert jobs.jobs_of(BOB, soon()) == ()
     with pytest.raises(AdoptionFailed, match="gone"), open_process(os.getpid()) as process:
         jobs.adopt(process, Job("6", ALICE, 1, (0, 1)), soon())
+
+
+FREEZER = "freezer"
+SOURCES = [
+    pytest.param([FREEZER, "memory"], FREEZER, "freezer.state", "FROZEN\n", "THAWED\n", 4, id="v1"),
+    pytest.param([FREEZER, "memory"], FREEZER, "freezer.state", "FREEZING\n", "", 4, id="v1, on its way"),
+    *(pytest.param(HYBRID, V2, "cgroup.freeze", "1\n", "0\n", depth, id=f"v2, {depth} down") for depth in (1, 2, 3, 4)),
+]
+
+
+@pytest.mark.parametrize(("layout", "label", "name", "frozen", "thawed", "depth"), SOURCES)
+def test_a_job_that_stands_still_is_apart(
+    tmp_path: Path, layout: Sequence[str], label: str, name: str, frozen: str, thawed: str, depth: int
+) -> None:
+    """By the leaf that sessions go into, and in v2 by what is above it. It is the user's job all the same."""
+    host = FakeHost(tmp_path, layout)
+    leaf = f"/jobs/uid_{ALICE}/job_5/ssh"
+    host.cgroup(leaf)
+    host.cgroup(f"/jobs/uid_{ALICE}/job_6/other")
+    host.cgroup(f"/jobs/uid_{BOB}/job_7/ssh")
+    jobs = jobs_on(host, leaf="ssh")
+    file = host.roots[label].joinpath(*leaf.split("/")[1 : depth + 1], name)
+    for text in ("", frozen, thawed):
+        file.write_text(text)
+        with jobs.here(ALICE, soon()) as here:
+            assert set(here.jobs + here.suspended) == set(jobs.jobs_of(ALICE, soon()))
+            # What is above the user's jobs stops all that have the leaf there.
+            assert [job.id for job in here.suspended] == (["5"] if text == frozen else [])
+            assert [job.id for job in here.jobs] == (["6"] if text == frozen else ["6", "5"])
+    file.write_text(frozen)
+    with jobs.here(BOB, soon()) as here:
+        assert [job.id for job in here.suspended] == (["7"] if depth == 1 else [])
+
+
+def test_what_is_frozen_where_nobody_goes_is_no_matter(tmp_path: Path) -> None:
+    """Another leaf of the job, the file of the other interface, and a hierarchy without the job."""
+    host = FakeHost(tmp_path, [V2, FREEZER, "memory"])
+    host.cgroup(f"/jobs/uid_{ALICE}/job_5/ssh", only=["memory"])
+    host.cgroup("/jobs", only=[V2])
+    (host.roots[V2] / "jobs" / "cgroup.freeze").write_text("1\n")
+    for name, text in (("freezer.state", "FROZEN\n"), ("cgroup.freeze", "1\n")):
+        (host.roots["memory"] / f"jobs/uid_{ALICE}/job_5/ssh" / name).write_text(text)
+    with jobs_on(host, leaf="ssh").here(ALICE, soon()) as here:
+        assert ([job.id for job in here.jobs], here.suspended) == (["5"], ())
+
+
+def test_a_login_is_not_put_into_a_job_that_was_suspended_since_it_was_listed(tmp_path: Path) -> None:
+    """The check comes before anything of the process is touched."""
+    host = FakeHost(tmp_path, [FREEZER])
+    path = f"/jobs/uid_{ALICE}/job_5"
+    host.cgroup(path)
+    jobs = jobs_on(host)
+    procs = host.roots[FREEZER] / path[1:] / "cgroup.procs"
+    with open_process(os.getpid()) as process, jobs.here(ALICE, soon()) as here:
+        host.process(process.pid, {})
+        (host.roots[FREEZER] / path[1:] / "freezer.state").write_text("FROZEN\n")
+        with pytest.raises(AdoptionFailed, match="job 5 is suspended") as failure:
+            here.adopt(process, here.jobs[0], False, False, soon())
+        assert failure.value.fault is JobFault.JOB_ENDED
+        assert procs.read_text() == ""
 
 
 def test_names_that_are_no_jobs_are_passed_over(tmp_path: Path) -> None:
@@ -454,3 +515,20 @@ def test_newest_is_by_inode_in_the_shared_hierarchy(tmp_path: Path) -> None:
     expected = sorted(("5", "6"), key=lambda job_id: (pids / f"job_{job_id}").stat().st_ino, reverse=True)
     assert [job.id for job in found] == expected
     assert [job.created for job in found] == [(pids / f"job_{job_id}").stat().st_ino for job_id in expected]
+
+
+def test_a_directory_that_is_of_another_file_system_is_no_job_s(tmp_path: Path) -> None:
+    """What is mounted over a job's directory, and found as it is opened: it is not of the hierarchy."""
+    inside = Hierarchy(HierarchyKind.V2, 0, (), "/", os.stat("/").st_dev)
+    assert os.stat("/proc").st_dev != inside.device
+    (tmp_path / "job_5").mkdir()
+    here = Hierarchy(HierarchyKind.V2, 0, (), str(tmp_path), tmp_path.stat().st_dev)
+    for hierarchy, name, found in ((inside, "proc", False), (here, "job_5", True)):
+        parent = open_root(hierarchy)
+        try:
+            opened = directories_module._open_below(parent, name, hierarchy)
+            assert (opened is not None) is found
+            if opened is not None:
+                os.close(opened[0])
+        finally:
+            os.close(parent)

@@ -43,6 +43,28 @@ def test_a_denial_says_why_and_what_to_do(situation: Situation) -> None:
     assert contact == f"Access to n1 refused: {DENIALS[situation]} Write to hpc@example.org. [request ab12cd34]"
 
 
+@pytest.mark.parametrize(
+    ("suspended", "told"),
+    [
+        (TWO[:1], "your job 18 on n1 is suspended, and a session in it would stand still. Log in when it runs again."),
+        (
+            TWO,
+            (
+                "your jobs on n1 (18, 17) are suspended, and a session in one of them would stand still. Log in when "
+                "one of them runs again."
+            ),
+        ),
+    ],
+)
+def test_a_user_whose_jobs_are_suspended_is_told_so(suspended: Tuple[Job, ...], told: str) -> None:
+    """Instead of that there are none; where there is another reason, that is said."""
+    texts = Texts("n1", "slurm", "Write to hpc@example.org.")
+    denial = texts.denial(Situation.NO_JOBS, (), "1", suspended)
+    assert denial == f"Access to n1 refused: {told} Write to hpc@example.org. [request 1]"
+    for situation in set(DENIALS) - {Situation.NO_JOBS}:
+        assert texts.denial(situation, TWO, "1", suspended) == texts.denial(situation, TWO, "1")
+
+
 def test_an_explained_denial_has_no_request_to_quote() -> None:
     """There is none in any log."""
     assert "request" not in Texts("n1").denial(Situation.NO_JOBS, (), "")
@@ -101,6 +123,9 @@ def test_whatever_the_names_it_fits_and_the_end_is_whole() -> None:
         assert len(told.encode()) < MESSAGE_BYTES
         assert told.endswith(f"{contact} [request ab12cd34]")
         assert "and 3 more" in told or "..." in told or "several" not in told
+        told = Texts(node, "slurm", contact).denial(situation, jobs, "ab12cd34", jobs)
+        assert len(told.encode()) < MESSAGE_BYTES
+        assert told.endswith(f"{contact} [request ab12cd34]")
     for node in ("n", "N" * 63):
         told = Texts(node, notice=Notice.ALWAYS).welcome("1" * 63, "newest", [each.id for each in jobs])
         assert len(told.encode()) < MESSAGE_BYTES

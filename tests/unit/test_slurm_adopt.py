@@ -13,20 +13,23 @@ from pathlib import Path
 from typing import Iterator, List, Optional
 
 import pytest
-from slurm_scene import ALICE, SLICE, Scene, ids, soon
+from fakes import longer
+from slurm_scene import ALICE, SLICE, Scene, heard, ids, soon
 
 from adoptd.deadline import Deadline
 from adoptd.jobs import slurm_adopt
 from adoptd.jobs.slurm_step import StepConnection
 from adoptd.jobs.slurm_turns import Turns
 from adoptd.jobs.slurm_wire import X11Display
-from adoptd.model import AdoptionFailed, JobFault, JobManagerError
+from adoptd.model import AdoptionFailed, Job, JobFault, JobManagerError
 from adoptd.process import ProcessHandle, open_process
 from fake_cgroups import V2
 from lab.waiting import until
-from slurmstepd_double import BY_NAME, RELEASES, Fault, Release
+from slurmstepd_double import BY_NAME, RELEASES, Fault, Release, Step
 
 ADD = 22
+# Faults of a step that says nothing more: its time has to run out.
+SILENT = (Fault.HANGS, Fault.HANGS_ON_ADD, Fault.DEAF)
 CLONE_NEWNS = 0x20000
 
 
@@ -50,6 +53,21 @@ def process(scene: Scene) -> Iterator[ProcessHandle]:
                 yield handle
         finally:
             child.kill()
+
+
+def leave_unanswered(scene: Scene, step: Step, process: ProcessHandle, job: Job) -> AdoptionFailed:
+    """An adoption that the step was asked for and has not answered: why it failed."""
+    failures: List[AdoptionFailed] = []
+    # On a busy machine the time may be over before the step is asked, and it may be a while until it has heard.
+    for ms in longer(100):
+        with pytest.raises(AdoptionFailed) as failure:
+            scene.jobs.adopt(process, job, soon(ms))
+        if "has not answered the adoption before" not in str(failure.value):
+            failures.append(failure.value)
+        if ADD in step.asked:
+            break
+    assert "no answer in time" in str(failures[-1])
+    return failures[-1]
 
 
 def adopted_in(scene: Scene, process: ProcessHandle) -> List[str]:
@@ -87,8 +105,8 @@ def test_an_adoption_that_is_not_proven_has_failed(
     step.fault = fault
     started = time.monotonic()
     with pytest.raises(AdoptionFailed, match=words):
-        scene.jobs.adopt(process, job, soon(300))
-    assert time.monotonic() - started < 1.0
+        scene.jobs.adopt(process, job, soon(300) if fault in SILENT else soon())
+    assert time.monotonic() - started < 30.0
 
 
 def test_a_step_that_moves_half(scene: Scene, process: ProcessHandle) -> None:
@@ -184,11 +202,10 @@ def test_none_overtakes_one_that_is_unanswered(scene: Scene, process: ProcessHan
     """The step may still be at the first, and some releases crash of two: the next waits for that answer."""
     step = scene.step(5, fault=Fault.HANGS_ON_ADD)
     job = scene.jobs.jobs_of(ALICE, soon())[0]
-    with pytest.raises(AdoptionFailed, match="no answer in time") as first:
-        scene.jobs.adopt(process, job, soon(100))
+    first = leave_unanswered(scene, step, process, job)
     with pytest.raises(AdoptionFailed, match="has not answered the adoption before") as second:
         scene.jobs.adopt(process, job, soon(100))
-    assert [error.value.fault for error in (first, second)] == [JobFault.STEP_SILENT] * 2
+    assert [error.fault for error in (first, second.value)] == [JobFault.STEP_SILENT] * 2
     assert step.asked.count(ADD) == 1
 
 
@@ -196,8 +213,7 @@ def test_the_next_is_taken_in_as_soon_as_the_one_before_is_answered(scene: Scene
     """No login fails because another did a moment ago."""
     step = scene.step(5, fault=Fault.HANGS_ON_ADD)
     job = scene.jobs.jobs_of(ALICE, soon())[0]
-    with pytest.raises(AdoptionFailed, match="no answer in time"):
-        scene.jobs.adopt(process, job, soon(100))
+    leave_unanswered(scene, step, process, job)
     step.fault = None
     step.goes_on.set()
     with subprocess.Popen(STAYS) as child:
@@ -215,8 +231,7 @@ def test_an_answer_that_is_owed_by_a_step_that_ended_keeps_nobody(scene: Scene, 
     """Hanging up is an answer too: what is left is what the step's end means."""
     step = scene.step(5, fault=Fault.HANGS_ON_ADD)
     job = scene.jobs.jobs_of(ALICE, soon())[0]
-    with pytest.raises(AdoptionFailed, match="no answer in time"):
-        scene.jobs.adopt(process, job, soon(100))
+    leave_unanswered(scene, step, process, job)
     step.end()
     with pytest.raises(AdoptionFailed, match="has ended") as failure:
         scene.jobs.adopt(process, job, soon())
@@ -240,22 +255,23 @@ def test_owed_answers_are_kept_of_few_jobs(scene: Scene) -> None:
 
 def test_a_hanging_job_does_not_hold_up_another(scene: Scene, process: ProcessHandle) -> None:
     """One job's queue is not another's."""
-    scene.step(5, fault=Fault.HANGS_ON_ADD)
+    step = scene.step(5, fault=Fault.HANGS_ON_ADD)
     scene.step(6)
     other, hanging = sorted(scene.jobs.jobs_of(ALICE, soon()), key=lambda job: -int(job.id))
     failures: List[AdoptionFailed] = []
 
     def hang() -> None:
         try:
-            scene.jobs.adopt(process, hanging, soon(1500))
+            scene.jobs.adopt(process, hanging, soon())
         except AdoptionFailed as error:
             failures.append(error)
 
     thread = threading.Thread(target=hang)
     thread.start()
-    began = time.monotonic()
-    scene.jobs.adopt(process, other, soon(1000))
-    assert time.monotonic() - began < 1.0
+    until(lambda: ADD in step.asked, "the adoption that hangs")
+    scene.jobs.adopt(process, other, soon())
+    assert thread.is_alive()
+    step.end()
     thread.join()
     assert len(failures) == 1
 
@@ -385,10 +401,10 @@ def test_namespaces(scene: Scene, release: Release) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     step = scene.step(5, release=release)
     job = scene.jobs.jobs_of(ALICE, soon())[0]
-    assert scene.jobs.namespaces(job, soon(500)) == ()
+    assert scene.jobs.namespaces(job, soon()) == ()
     with open("/proc/self/ns/mnt") as mounts, open("/proc/self/ns/user") as users:
         step.namespaces = ((0x10000000, users.fileno()), (0x00020000, mounts.fileno()))
-        found = scene.jobs.namespaces(job, soon(500))
+        found = scene.jobs.namespaces(job, soon())
         kinds = [0x10000000, 0x00020000] if release.has_sluid else [0x00020000]
         assert [each.kind for each in found] == kinds
         links = {each.kind: os.readlink(f"/proc/self/fd/{each.descriptor}") for each in found}
@@ -452,7 +468,7 @@ def test_who_waits_for_its_turn_does_not_wait_for_another_s_display(scene: Scene
     asked_x11 = StepConnection.x11
 
     def x11(connection: StepConnection, deadline: Deadline) -> Optional[X11Display]:
-        with scene.jobs._adoptions._turns.of(job, Deadline.after_ms(1000)):
+        with scene.jobs._adoptions._turns.of(job, soon()):
             seen.append(True)
         return asked_x11(connection, deadline)
 
@@ -507,10 +523,27 @@ def test_a_silent_step_is_asked_anew_for_the_adoption(scene: Scene, process: Pro
     """It counts as a job by what it said before; over the connection it was silent on, nothing is read any more."""
     jobs = scene.backend(step_ms=300.0)
     step = scene.step(5)
-    until(lambda: ids(jobs.jobs_of(ALICE, soon())) == ["5"], "the step to be heard")
+    until(lambda: heard(jobs, ALICE) == ["5"], "the step to be heard")
     step.fault = Fault.HANGS
     with jobs.here(ALICE, soon()) as here:
         assert ids(here.jobs) == ["5"]
         step.fault = None
         here.adopt(process, here.jobs[0], False, False, soon()).close()
     assert adopted_in(scene, process) == ["5"]
+
+
+@pytest.mark.parametrize("of", ["another daemon", "another user"])
+def test_a_step_that_is_not_the_job_s_any_more_gets_no_process(scene: Scene, process: ProcessHandle, of: str) -> None:
+    """The inode of a removed socket is given out again: with the job's id alone it is another job's, or another's."""
+    step = scene.step(5)
+    (job,) = scene.jobs.jobs_of(ALICE, soon())
+    number, daemon, started, inode = job.identity
+    theirs = {
+        "another daemon": dataclasses.replace(job, identity=(number, daemon, started - 1, inode)),
+        "another user": dataclasses.replace(job, uid=ALICE + 1),
+    }
+    with pytest.raises(AdoptionFailed, match="job 5 has ended"):
+        scene.jobs.adopt(process, theirs[of], soon())
+    assert ADD not in step.asked
+    scene.jobs.adopt(process, job, soon())
+    assert ADD in step.asked

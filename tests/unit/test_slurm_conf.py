@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import pytest
 
 from adoptd.jobs import slurm_conf
 from adoptd.jobs.slurm_conf import HostView, SlurmConf, SlurmOverrides, SlurmSettings
 from adoptd.jobs.slurm_hosts import RunningSlurmd, aliases_of, expand, find_slurmd
+from adoptd.jobs.slurm_paths import DEFAULT_SLICE
 from adoptd.model import JobFault, JobManagerError
 
 BASE = "SlurmUser=root\nSlurmdSpoolDir=/var/spool/x\nNodeName=node[1-3] CPUs=2\n"
@@ -79,6 +81,25 @@ class Host:
 @pytest.fixture
 def host(tmp_path: Path) -> Host:
     return Host(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_file_that_cannot_be_looked_at_is_not_a_file_that_is_not_there(
+    host: Host, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A file server's bad moment must not make a node without Slurm of this one, where nobody would have a job."""
+    host.write(BASE)
+    look = os.stat
+
+    def fail(path: Any, **more: Any) -> os.stat_result:
+        if str(path) == str(host.file):
+            raise OSError(number, os.strerror(number))
+        return look(path, **more)
+
+    monkeypatch.setattr(os, "stat", fail)
+    assert host.conf().is_there()
+    with pytest.raises(JobManagerError, match=os.strerror(number)):
+        host.settings()
 
 
 def test_no_file_is_an_error_that_says_where_it_was_looked_for(host: Host) -> None:
@@ -335,6 +356,19 @@ def test_a_slurmd_started_again_under_another_name_is_seen_at_once(
     assert "slurmd, process 100, is not running any more" in line
 
 
+def test_a_slurmd_that_cannot_be_seen_is_not_taken_for_gone(host: Host) -> None:
+    """For want of a descriptor, say: what was read stays in force, and no login fails of it."""
+    host.write(BASE)
+    host.process(100, ["-N", "first"])
+    noted: List[JobFault] = []
+    conf = host.conf(noted=noted.append)
+    assert conf.settings().node_name == "first"
+    (host.proc / "100" / "stat").unlink()
+    (host.proc / "100" / "stat").mkdir()
+    assert conf.settings().node_name == "first"
+    assert noted == []
+
+
 def test_half_a_file_is_not_taken(host: Host) -> None:
     """A slurm.conf that is being written has lost its controller."""
     host.write(BASE + "SlurmctldHost=c\n")
@@ -420,3 +454,39 @@ def test_a_file_written_twice_within_one_tick_of_the_clock(tmp_path: Path) -> No
         while conf.settings().spool_dir != wanted:
             assert time.monotonic() < ends, f"turn {turn}: {conf.settings().spool_dir} is in force, not {wanted}"
             time.sleep(0.01)
+
+
+def test_a_cgroup_conf_that_cannot_be_read_is_not_one_that_is_not_there(host: Host, tmp_path: Path) -> None:
+    """By default names no job would be found in the site's own slice: everybody would be turned away."""
+    host.write(BASE)
+    conf = host.conf()
+    host.write("CgroupSlice=jobs.slice\n", "cgroup.conf")
+    assert conf.settings().paths.slice == "jobs.slice"
+    beside = host.file.with_name("cgroup.conf")
+    beside.unlink()
+    beside.symlink_to(beside)
+    assert conf.settings().paths.slice == "jobs.slice"
+    with pytest.raises(JobManagerError, match=r"cgroup.conf: Too many levels of symbolic links"):
+        host.settings()
+    beside.unlink()
+    assert host.settings().paths.slice == DEFAULT_SLICE
+
+
+def test_a_proc_that_cannot_be_listed_leaves_in_force_what_was(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For want of a descriptor, say: no file says which slurmd runs, and the one before may be it still."""
+    host.write(BASE)
+    conf = host.conf()
+    conf.settings()
+    listed = os.listdir
+
+    def list_or_fail(path: str) -> List[str]:
+        if path == str(host.proc):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", list_or_fail)
+    host.write(BASE.replace("/var/spool/x", "/var/spool/y"))
+    assert conf.settings().spool_dir == "/var/spool/x"
+    assert "Too many open files" in caplog.text

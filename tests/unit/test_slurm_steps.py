@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from slurm_scene import ALICE, BOB, HASTY_MS, PATIENT_MS, SLICE, V1, Scene, ids, soon
+from slurm_scene import ALICE, BOB, HASTY_MS, PATIENT_MS, SLICE, V1, Scene, heard, ids, soon
 
 from adoptd.jobs import CgroupFinding
 from adoptd.jobs.slurm import SlurmJobs
 from adoptd.jobs.slurm_conf import SlurmConf
 from adoptd.jobs.slurm_paths import format_sluid
-from adoptd.model import Ambiguous, JobFault, JobManagerError
+from adoptd.model import AdoptionFailed, Ambiguous, JobFault, JobManagerError
+from adoptd.process import open_process
 from fake_cgroups import V2
 from lab.waiting import until
 from slurmstepd_double import BY_NAME, RELEASES, Fault, Release, stale_socket
@@ -145,7 +146,7 @@ def test_a_silent_step_that_was_never_heard_may_be_the_users(scene: Scene, fault
     started = time.monotonic()
     with pytest.raises(JobManagerError, match=r"n1_5\.4294967292"):
         scene.jobs.jobs_of(ALICE, soon())
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 30.0
 
 
 @IN_HASTE
@@ -154,7 +155,7 @@ def test_a_silent_step_that_was_never_heard_but_has_an_owner(scene: Scene, fault
     """cgroup v1 names the owner of a job: everybody else is answered, the owner is not."""
     scene.step(5, uid=BOB, fault=fault)
     scene.step(6)
-    assert ids(scene.jobs.jobs_of(ALICE, soon())) == ["6"]
+    until(lambda: heard(scene.jobs, ALICE) == ["6"], "alice's step to be heard")
     with pytest.raises(JobManagerError, match="n1_5"):
         scene.jobs.jobs_of(BOB, soon())
     assert ids(scene.jobs.all_jobs(soon())) == ["6"]
@@ -166,8 +167,8 @@ def test_a_step_that_was_heard_and_falls_silent(scene: Scene, fault: Fault) -> N
     """Its owner is known for good, so others do not even ask it; the owner's job is still counted."""
     hanging = scene.step(5, uid=BOB, cgroups=False)
     scene.step(6)
+    until(lambda: (heard(scene.jobs, ALICE), heard(scene.jobs, BOB)) == (["6"], ["5"]), "both to be heard")
     before = scene.jobs.jobs_of(BOB, soon())
-    scene.jobs.jobs_of(ALICE, soon())
     hanging.fault = fault
     asked = list(hanging.asked)
     assert ids(scene.jobs.jobs_of(ALICE, soon())) == ["6"]
@@ -181,17 +182,17 @@ def test_ten_hanging_steps_cost_no_more_than_one(scene: Scene) -> None:
     """They are waited for together, and the eleventh is heard."""
     hanging = [scene.step(10 + number) for number in range(10)]
     scene.step(5)
-    assert len(scene.jobs.jobs_of(ALICE, soon())) == 11
+    until(lambda: len(heard(scene.jobs, ALICE) or ()) == 11, "all to be heard")
     for step in hanging:
         step.fault = Fault.HANGS
     started = time.monotonic()
     assert len(scene.jobs.jobs_of(ALICE, soon())) == 11
-    assert time.monotonic() - started < 0.6
+    assert time.monotonic() - started < 10 * HASTY_MS / 1000
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(300)
 def test_a_step_that_hangs_is_waited_for_once_and_not_at_every_login(scene: Scene) -> None:
-    """The backend would wait ten seconds for each of these; and as soon as it answers it is heard."""
+    """The backend would wait a minute for each of these; and as soon as it answers it is heard."""
     hanging = scene.step(5)
     scene.step(6)
     before = scene.jobs.jobs_of(ALICE, soon())
@@ -212,13 +213,13 @@ def test_what_no_login_fails_of_is_noted(scene: Scene, caplog: pytest.LogCapture
     os.chown(foreign, ALICE, ALICE)
     noted: List[JobFault] = []
     jobs = SlurmJobs(
-        SlurmConf(scene.overrides, {}, scene.view), scene.host.mounts, step_ms=HASTY_MS, noted=noted.append
+        SlurmConf(scene.overrides, {}, scene.view), scene.host.mounts, step_ms=PATIENT_MS, noted=noted.append
     )
     step = scene.step(5)
     for _ in range(3):
         assert ids(jobs.jobs_of(ALICE, soon())) == ["5"]
     step.fault = Fault.HANGS
-    assert ids(jobs.jobs_of(ALICE, soon())) == ["5"]
+    assert ids(jobs.jobs_of(ALICE, soon(HASTY_MS))) == ["5"]
     assert noted.count(JobFault.STALE_SOCKET) == 7
     assert noted.count(JobFault.FOREIGN_SOCKET) == 4
     assert noted.count(JobFault.STEP_SILENT) == 1
@@ -303,8 +304,10 @@ def test_a_spool_path_longer_than_a_sockets_may_be(tmp_path: Path) -> None:
 def test_whose_jobs_are_whose(scene: Scene, release: Release) -> None:
     """Of every release; the newest first, by the age of the socket and not by the number."""
     scene.step(30, release=release)
-    scene.step(10, uid=BOB, release=release)
-    time.sleep(0.01)
+    older = scene.step(10, uid=BOB, release=release)
+    # The clock of files has ticks of its own.
+    tick = scene.spool.parent / "tick"
+    until(lambda: tick.touch() or tick.stat().st_mtime_ns > older.path.stat().st_mtime_ns, "a later time")
     scene.step(20, release=release)
     for _ in range(2):
         assert ids(scene.jobs.jobs_of(ALICE, soon())) == ["20", "30"]
@@ -322,6 +325,81 @@ def test_a_step_that_is_ending_has_no_job(scene: Scene, release: Release, state:
     """By that release's own numbers; one that is still starting has."""
     scene.step(5, release=release, state=state)
     assert ids(scene.jobs.jobs_of(ALICE, soon())) == ([] if state in release.ending else ["5"])
+
+
+def _write(scene: Scene, label: str, path: str, name: str, text: str) -> None:
+    file = scene.host.roots[label] / path.strip("/") / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def _here(scene: Scene, uid: int = ALICE) -> Tuple[List[str], List[str]]:
+    """Running and suspended; all of them are the user's jobs all the same."""
+    with scene.jobs.here(uid, soon()) as here:
+        assert set(here.jobs) | set(here.suspended) == set(scene.jobs.jobs_of(uid, soon()))
+        return ids(here.jobs), ids(here.suspended)
+
+
+@pytest.mark.parametrize(
+    ("state", "is_frozen"),
+    [("THAWED\n", False), ("FREEZING\n", True), ("FROZEN\n", True), ("", False), ("FROZEN?\n", False), (None, False)],
+)
+def test_a_job_that_stands_still_in_cgroup_v1(scene: Scene, state: Optional[str], is_frozen: bool) -> None:
+    """By the state of its extern step in the freezer, which counts what is above; by nothing in another hierarchy."""
+    scene.step(5)
+    scene.step(6, uid=BOB)
+    _write(scene, "memory", scene.path("memory", 5), "freezer.state", "FROZEN\n")
+    if state is not None:
+        _write(scene, "freezer", scene.path("freezer", 5), "freezer.state", state)
+    assert _here(scene) == (([], ["5"]) if is_frozen else (["5"], []))
+    assert _here(scene, BOB) == (["6"], [])
+    assert ids(scene.jobs.all_jobs(soon())) == ["5", "6"]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(f"{SLICE}/job_5/step_extern/user", id="what Slurm itself freezes"),
+        pytest.param(f"{SLICE}/job_5/step_extern", id="the step"),
+        pytest.param(f"{SLICE}/job_5", id="the job"),
+        pytest.param("/system.slice", id="all of Slurm"),
+    ],
+)
+def test_a_job_that_stands_still_in_cgroup_v2(tmp_path: Path, where: str) -> None:
+    """There a file says only what was asked of that very cgroup: those above it are read too."""
+    with Scene(tmp_path, layout=[V2]) as scene:
+        scene.step(5)
+        for file in ("", "0\n", "1\n"):
+            _write(scene, V2, where, "cgroup.freeze", file)
+            assert _here(scene) == (([], ["5"]) if file == "1\n" else (["5"], []))
+        _write(scene, V2, where, "cgroup.freeze", "0\n")
+        _write(scene, V2, f"{SLICE}/job_5/step_0", "cgroup.freeze", "1\n")
+        assert _here(scene) == (["5"], [])
+
+
+def test_the_job_that_runs_is_apart_from_the_one_that_does_not(scene: Scene) -> None:
+    """A job without a cgroup in the freezer is not frozen by another's."""
+    scene.step(5)
+    scene.step(6)
+    _write(scene, "freezer", scene.path("freezer", 5), "freezer.state", "FROZEN\n")
+    assert _here(scene) == (["6"], ["5"])
+
+
+def test_a_login_is_not_put_into_a_job_that_was_suspended_since_it_was_listed(scene: Scene) -> None:
+    """As long ago as it takes to ask the source, perhaps. Who is to be held in its job is put there all the same."""
+    step = scene.step(5)
+    with open_process(os.getpid()) as process:
+        scene.host.process(process.pid, {})
+        with scene.jobs.here(ALICE, soon()) as here:
+            (job,) = here.jobs
+            _write(scene, "freezer", scene.path("freezer", 5), "freezer.state", "FREEZING\n")
+            for adopt in (here.adopt, scene.jobs.adopt_for_session):
+                with pytest.raises(AdoptionFailed, match="job 5 is suspended") as failure:
+                    adopt(process, job, False, False, soon())
+                assert failure.value.fault is JobFault.JOB_ENDED
+        assert step.added == []
+        scene.jobs.adopt(process, job, soon())
+        assert step.added == [process.pid]
 
 
 def test_heterogeneous_steps(scene: Scene) -> None:
@@ -560,3 +638,24 @@ def test_a_step_that_came_again_is_not_the_one_remembered(scene: Scene) -> None:
     known = spool.remembered(7)
     assert known is not None
     assert known.uid == BOB
+
+
+@pytest.mark.parametrize("how", ["others can write to", "belongs to uid 1001"])
+def test_a_directory_far_above_the_spool_directory_that_others_could_replace(tmp_path: Path, how: str) -> None:
+    """All of the way down to it is whose that directory is, and not only the last of it."""
+    far = tmp_path / "far"
+    near = far / "near"
+    near.mkdir(parents=True)
+    for each in (far, near):
+        each.chmod(0o755)
+    with Scene(near) as scene:
+        scene.step(5)
+        assert ids(scene.jobs.jobs_of(ALICE, soon())) == ["5"]
+        if how.startswith("others"):
+            far.chmod(0o777)
+        else:
+            os.chown(far, ALICE, 0)
+        with pytest.raises(JobManagerError, match=how) as refused:
+            scene.jobs.jobs_of(ALICE, soon())
+        assert str(far) in str(refused.value)
+        assert str(near) + " " not in str(refused.value)

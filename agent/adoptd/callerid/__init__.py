@@ -10,12 +10,12 @@ from adoptd.callerid.answering import (
     OPENED_AT_ONCE_OF_ONE,
     SETTLED_AT_ONCE,
     SETTLED_AT_ONCE_OF_ONE,
+    USERS_WAITING,
     AnswerStage,
-    Inquiry,
     Responder,
-    Settled,
 )
-from adoptd.callerid.asking import Asker, AskFault, Told
+from adoptd.callerid.asking import Asker, AskFault, Told, reason_told
+from adoptd.callerid.inquiry import Inquiry, Settled, reason_for
 from adoptd.callerid.peers import Peer, Peers
 from adoptd.callerid.sealing import AGENT_UID, Refused, SealRoom
 
@@ -25,6 +25,7 @@ __all__ = [
     "OPENED_AT_ONCE_OF_ONE",
     "SETTLED_AT_ONCE",
     "SETTLED_AT_ONCE_OF_ONE",
+    "USERS_WAITING",
     "AnswerStage",
     "AskFault",
     "Asker",
@@ -36,4 +37,6 @@ __all__ = [
     "SealRoom",
     "Settled",
     "Told",
+    "reason_for",
+    "reason_told",
 ]

@@ -13,18 +13,13 @@ import time
 from dataclasses import dataclass
 from typing import FrozenSet, Optional, Tuple, Union
 
+from adoptd.callerid.inquiry import reason_for
 from adoptd.callerid.peers import Peers
 from adoptd.callerid.sealing import AGENT_UID, SealRoom
 from adoptd.connections.links import is_link_local, scope_of
 from adoptd.deadline import Deadline
 from adoptd.metrics import Metrics
-from adoptd.model import (
-    AdoptdError,
-    Connection,
-    IPAddress,
-    ProtocolError,
-    Witness,
-)
+from adoptd.model import AdoptdError, Connection, IPAddress, ProtocolError, Witness
 from adoptd.seal import SealError
 from adoptd.slurm_callerid import NoWord, SlurmdCallerid, SlurmdFault
 from adoptd.wire import frame
@@ -75,6 +70,19 @@ class Told:
     hint: Optional[str] = None
     cluster: Optional[str] = None
     release: str = ""
+
+
+_REASONS = frozenset(each.value for each in Reason)
+
+
+def reason_told(reader_uid: int, reason: str) -> str:
+    """The reason of a :class:`Told` as who is not root may read it: of others' connections as if they were nobody's.
+
+    Why no answer came is no secret of anybody's.
+    """
+    if reader_uid != 0 and reason == SlurmdFault.OTHER_NAMED.value:
+        return SlurmdFault.NONE_NAMED.value
+    return reason_for(reader_uid, Reason(reason)).value if reason in _REASONS else reason
 
 
 class Asker:

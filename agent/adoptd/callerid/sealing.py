@@ -9,9 +9,7 @@ from typing import Callable, TypeVar
 
 from adoptd.deadline import Deadline
 from adoptd.metrics import Refusal
-from adoptd.model import (
-    AdoptdError,
-)
+from adoptd.model import AdoptdError
 from adoptd.seal import Opened, Seal
 from adoptd.workers import Workers
 

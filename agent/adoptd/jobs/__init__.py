@@ -73,10 +73,15 @@ Adopt = Callable[[ProcessHandle, Job, bool, bool, Deadline], JobSession]
 
 @dataclass(frozen=True)
 class JobsHere:
-    """One user's jobs, newest first, and how to adopt into one of them: as JobBackend.adopt_for_session."""
+    """One user's jobs, newest first, and how to adopt into one of them: as JobBackend.adopt_for_session.
+
+    ``suspended`` are the user's others, also newest first: whatever is put into one stands still, sshd too, so they
+    are no jobs to log in to.
+    """
 
     jobs: Tuple[Job, ...]
     adopt: Adopt
+    suspended: Tuple[Job, ...] = ()
 
 
 class JobBackend(Protocol):
@@ -94,12 +99,15 @@ class JobBackend(Protocol):
         """The environment variable that names a process's job, as the manager or its site sets it."""
 
     def jobs_of(self, uid: int, deadline: Deadline) -> Tuple[Job, ...]:
-        """The user's jobs on this node, newest first. Raises JobManagerError: it cannot be asked, or not in time."""
+        """The user's jobs on this node, newest first, suspended ones among them.
+
+        Raises JobManagerError: it cannot be asked, or not in time.
+        """
 
     def here(self, uid: int, deadline: Deadline) -> ContextManager[JobsHere]:
         """:meth:`jobs_of`, with whatever the manager was asked through kept open, for an adoption that comes at once.
 
-        One thread's, for as long as it takes to decide. Raises what jobs_of raises.
+        Suspended jobs are apart. One thread's, for as long as it takes to decide. Raises what jobs_of raises.
         """
 
     def all_jobs(self, deadline: Deadline) -> Tuple[Job, ...]:
@@ -128,13 +136,16 @@ class JobBackend(Protocol):
         """Move the process into the job and read back that it is there; it is, or AdoptionFailed is raised.
 
         All or nothing: after AdoptionFailed the process is where it was, or the message says where it is
-        stuck. A process already in the job is left as it is. Raises nothing else.
+        stuck. A process already in the job is left as it is. A suspended job takes it in too. Raises nothing else.
         """
 
     def adopt_for_session(
         self, process: ProcessHandle, job: Job, x11: bool, namespaces: bool, deadline: Deadline
     ) -> JobSession:
-        """:meth:`adopt`, then :meth:`session`. Raises what they raise; after JobManagerError it is in the job."""
+        """:meth:`adopt`, then :meth:`session`. Raises what they raise; after JobManagerError it is in the job.
+
+        For a login: AdoptionFailed also if the job is suspended.
+        """
 
     def contains(self, job: Job, pid: int) -> bool:
         """Whether the process is in this very job (not in a later one of the same id). Raises JobManagerError."""

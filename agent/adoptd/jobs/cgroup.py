@@ -17,13 +17,12 @@ from adoptd.hierarchy import CgroupMounts, Hierarchy, HierarchyKind, path_of_id
 from adoptd.jobs import CgroupFinding, CgroupVerdict, JobSession, JobsHere
 from adoptd.jobs.directories import Budget, FoundJob, JobDirectories, OpenedJob
 from adoptd.jobs.environment import processes_below
+from adoptd.jobs.looks import can_freeze, is_frozen, job_by_paths
 from adoptd.jobs.move import Target, move
 from adoptd.jobs.template import JobPath, parse_leaf
-from adoptd.model import AdoptionFailed, Ambiguous, Job, JobFault, JobManagerError
+from adoptd.model import AdoptionFailed, Job, JobFault, JobManagerError
 from adoptd.process import ProcessHandle
 
-# A process is moved by its manager a few times in its life; one that is elsewhere at every look is not followed.
-_LOOKS_MAX = 3
 _LEAF_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -51,7 +50,10 @@ class CgroupJobs:
     @contextmanager
     def here(self, uid: int, deadline: Deadline) -> Iterator[JobsHere]:
         """jobs_of() and adopt_for_session(): there is nothing to keep open."""
-        yield JobsHere(self.jobs_of(uid, deadline), self.adopt_for_session)
+        jobs = self.jobs_of(uid, deadline)
+        frozen = {job for job in jobs if self._is_frozen(job)}
+        running = tuple(job for job in jobs if job not in frozen)
+        yield JobsHere(running, self.adopt_for_session, tuple(job for job in jobs if job in frozen))
 
     def all_jobs(self, deadline: Deadline) -> Tuple[Job, ...]:
         """Everybody's jobs, by uid and then newest first. Raises JobManagerError.
@@ -77,18 +79,7 @@ class CgroupJobs:
 
         Raises Ambiguous if hierarchies name different jobs or the process keeps being moved; JobManagerError.
         """
-        before = self._mounts.membership(pid)
-        for _ in range(_LOOKS_MAX):
-            if before is None:
-                return None
-            jobs = self._jobs_named(before)
-            after = self._mounts.membership(pid)
-            if after == before:
-                if len(jobs) > 1:
-                    raise Ambiguous(f"process {pid} is in jobs {', '.join(sorted(job.id for job in jobs))} at once")
-                return jobs[0] if jobs else None
-            before = after
-        raise Ambiguous(f"process {pid} is being moved from cgroup to cgroup")
+        return job_by_paths(pid, self._mounts, self._jobs_named)
 
     def job_of_cgroup(self, cgroup_id: int, pid: Optional[int] = None) -> CgroupVerdict:
         """What a cgroup-v2 id says about the job of whatever had it. Raises JobManagerError.
@@ -150,7 +141,10 @@ class CgroupJobs:
     def adopt_for_session(
         self, process: ProcessHandle, job: Job, x11: bool, namespaces: bool, deadline: Deadline
     ) -> JobSession:
-        """adopt(), then session()."""
+        """adopt(), then session(), of a job that is not suspended."""
+        if self._is_frozen(job):
+            # Since the jobs were listed. No fault of the manager's, and for a login as good as ended.
+            raise AdoptionFailed(f"job {job.id} is suspended", JobFault.JOB_ENDED)
         self.adopt(process, job, deadline)
         return self.session(job, x11, namespaces, deadline)
 
@@ -192,6 +186,12 @@ class CgroupJobs:
     def for_node(self, node_name: str) -> CgroupJobs:
         """This very backend: a cgroup has no node name."""
         return self
+
+    def _is_frozen(self, job: Job) -> bool:
+        """Whether who comes into the job's leaf stands still, in any hierarchy that has it. Raises JobManagerError."""
+        path = "/".join((self._template.render(self._path_uid(job), job.id), *self._leaf))
+        homes = (each for each in self._mounts.hierarchies() if can_freeze(each))
+        return any(is_frozen(each, path) for each in homes if os.access(each.mount_point + path, os.F_OK))
 
     def _path_uid(self, job: Job) -> Optional[int]:
         return job.uid if self._template.has_uid else None

@@ -15,6 +15,7 @@ from adoptd.deadline import Deadline
 from adoptd.hierarchy import CgroupMounts, HierarchyKind, path_of_id
 from adoptd.jobs import CgroupFinding, CgroupVerdict, JobSession, JobsHere
 from adoptd.jobs.environment import processes_below
+from adoptd.jobs.looks import job_by_paths
 from adoptd.jobs.slurm_adopt import Move, StepAdoptions
 from adoptd.jobs.slurm_conf import SlurmConf
 from adoptd.jobs.slurm_homes import Homes
@@ -22,11 +23,8 @@ from adoptd.jobs.slurm_paths import NamedJob
 from adoptd.jobs.slurm_spool import STEP_MS, Heard, Silent, Spool, Step, Steps
 from adoptd.jobs.slurm_step import StepConnection, StepError
 from adoptd.jobs.slurm_wire import Namespace, StepState, X11Display
-from adoptd.model import Ambiguous, Job, JobFault, JobManagerError
+from adoptd.model import Job, JobFault, JobManagerError
 from adoptd.process import ProcessHandle
-
-# As in the cgroup backend: one that is elsewhere at every look is not followed.
-_LOOKS_MAX = 3
 
 # One per slurmd on this host; the names come from root's PAM files.
 _NODE_NAMES_MAX = 16
@@ -67,24 +65,32 @@ class SlurmJobs:
         Also raised if a step does not answer and never has: it may be the user's. A silent step that is known
         to be the user's counts as a job; one that is known to be another's costs nothing.
         """
-        with self.here(uid, deadline) as here:
-            return here.jobs
+        with self._asked_of(uid, deadline) as mine:
+            return _newest_first([each.step for each in mine])
 
     @contextmanager
     def here(self, uid: int, deadline: Deadline) -> Iterator[JobsHere]:
         """jobs_of(), and an adoption into one of them over the connection that its step was just asked on."""
-        _check_time(deadline)
-        with self._spool.asked(deadline, uid=uid) as (heard, silent):
-            _raise_for([each for each in silent if self._homes.may_be_of(uid, each.job_id)])
-            mine = [each for each in heard if each.step.uid == uid]
+        with self._asked_of(uid, deadline) as mine:
             by_identity = {each.step.job.identity: each for each in mine}
+            jobs = _newest_first([each.step for each in mine])
+            frozen = {job for job in jobs if self._homes.is_frozen(job, by_identity[job.identity].step.sluid)}
 
             def adopt(process: ProcessHandle, job: Job, x11: bool, namespaces: bool, deadline: Deadline) -> JobSession:
                 # For one adoption: what follows one that has failed may be the answer to it.
                 asked = by_identity.pop(job.identity, None)
-                return self._adopt_for_session(Move(process, job, x11, namespaces), deadline, asked)
+                return self._adopt_for_session(Move(process, job, x11, namespaces, login=True), deadline, asked)
 
-            yield JobsHere(_newest_first([each.step for each in mine]), adopt)
+            running = tuple(job for job in jobs if job not in frozen)
+            yield JobsHere(running, adopt, tuple(job for job in jobs if job in frozen))
+
+    @contextmanager
+    def _asked_of(self, uid: int, deadline: Deadline) -> Iterator[List[Heard]]:
+        """The user's steps, ending ones among them, as they were heard now or before. Raises JobManagerError."""
+        _check_time(deadline)
+        with self._spool.asked(deadline, uid=uid) as (heard, silent):
+            _raise_for([each for each in silent if self._homes.may_be_of(uid, each.job_id)])
+            yield [each for each in heard if each.step.uid == uid]
 
     def all_jobs(self, deadline: Deadline) -> Tuple[Job, ...]:
         """Everybody's jobs, by uid and then newest first. Raises JobManagerError.
@@ -104,20 +110,11 @@ class SlurmJobs:
         A job that is ending is still an answer. Raises Ambiguous if hierarchies name different jobs or the
         process keeps being moved; JobManagerError if the step that could tell is silent.
         """
-        before = self._mounts.membership(pid)
-        for _ in range(_LOOKS_MAX):
-            if before is None:
-                return None
-            named = self._homes.named(before)
-            jobs = {job.identity: job for job in map(self._believed, named) if job is not None}
-            after = self._mounts.membership(pid)
-            if after == before:
-                if len(jobs) > 1:
-                    ids = ", ".join(sorted(job.id for job in jobs.values()))
-                    raise Ambiguous(f"process {pid} is in jobs {ids} at once")
-                return next(iter(jobs.values()), None)
-            before = after
-        raise Ambiguous(f"process {pid} is being moved from cgroup to cgroup")
+
+        def jobs_at(where: Mapping[int, str]) -> Iterator[Job]:
+            return (job for job in map(self._believed, self._homes.named(where)) if job is not None)
+
+        return job_by_paths(pid, self._mounts, jobs_at)
 
     def job_of_cgroup(self, cgroup_id: int, pid: Optional[int] = None) -> CgroupVerdict:
         """What a cgroup-v2 id says about the job of whatever had it. Raises JobManagerError.
@@ -163,7 +160,7 @@ class SlurmJobs:
         self, process: ProcessHandle, job: Job, x11: bool, namespaces: bool, deadline: Deadline
     ) -> JobSession:
         """adopt() and session() by one connection to the step: each takes a thread of its own there to serve it."""
-        return self._adopt_for_session(Move(process, job, x11, namespaces), deadline, None)
+        return self._adopt_for_session(Move(process, job, x11, namespaces, login=True), deadline, None)
 
     def _adopt_for_session(self, wanted: Move, deadline: Deadline, heard: Optional[Heard]) -> JobSession:
         with ExitStack() as held:

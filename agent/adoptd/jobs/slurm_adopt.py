@@ -35,12 +35,17 @@ _HEARD_FOR_S = 0.05
 
 @dataclass(frozen=True)
 class Move:
-    """A process that is to be put into a job, and what its session is to be given."""
+    """A process that is to be put into a job, and what its session is to be given.
+
+    ``login``: it is sshd's, in a login. In a suspended job it would stand still before the login is through, where each
+    holds one of sshd's MaxStartups, and neither LoginGraceTime nor, in cgroup v1, SIGKILL ends it.
+    """
 
     process: ProcessHandle
     job: Job
     x11: bool = False
     namespaces: bool = False
+    login: bool = False
 
 
 class StepAdoptions:
@@ -97,6 +102,9 @@ class StepAdoptions:
             raise AdoptionFailed(
                 f"process {process.pid} could not be put into job {job.id} in time", JobFault.OUT_OF_TIME
             )
+        if wanted.login and self._homes.is_frozen(job, step.sluid):
+            # Since the jobs were listed. No fault of the manager's, and for a login as good as ended.
+            raise AdoptionFailed(f"job {job.id} is suspended", JobFault.JOB_ENDED)
         ahead = [Op.X11_DISPLAY] if wanted.x11 else []
         ahead += [connection.op_of_namespaces] if wanted.namespaces else []
         try:

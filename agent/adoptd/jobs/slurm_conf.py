@@ -1,7 +1,7 @@
 """What this node's slurmd goes by: its node name, spool directory, users and cgroup settings.
 
-Owns the reading of slurm.conf (with what it includes) and cgroup.conf, found as slurmd finds them. It must
-never take another node's name, nor believe a file that others could write; the last settings that could be
+Owns what the values of slurm.conf and cgroup.conf come to, the files being found as slurmd finds them. It must never
+take another node's name, nor believe a file of anybody's but root's or SlurmUser's; the last settings that could be
 read stay in force, as they do in slurmd. Built by the service, asked by the slurm backend at every question.
 """
 
@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import os
 import pwd
-import re
 import socket
 import stat
 import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
+from typing import Callable, FrozenSet, Mapping, Optional, Tuple
 
 from adoptd import log
 from adoptd.jobs.slurm_hosts import RunningSlurmd, aliases_of, expand, find_slurmd
 from adoptd.jobs.slurm_paths import DEFAULT_PREPEND, DEFAULT_SLICE, SlurmPaths
+from adoptd.jobs.slurm_text import ConfText, Signature, read, read_if_there, signature_of
 from adoptd.model import JobFault, JobManagerError
 from adoptd.process import started_ns
 
@@ -43,12 +43,6 @@ _UNSETTLED_S = 2.0
 _SETTLING_S = 0.1
 # One answer or adoption asks a dozen times for what is in force, and is done within this time.
 LOOK_S = 0.01
-_INCLUDES_MAX = 64
-_FILE_MAX_BYTES = 16 << 20
-# src/common/parse_config.c: a value is quoted or one word, and there may be spaces around the "=".
-_PAIR = re.compile(r'([A-Za-z0-9_.]+)[ \t]*=[ \t]*("[^"]*"|[^ \t"]+)')
-_INCLUDE = re.compile(r"[ \t]*include[ \t]+([^ \t]+)[ \t]*", re.IGNORECASE)
-_COMMENT = re.compile(r"(?<!\\)#.*")
 
 
 @dataclass(frozen=True)
@@ -94,31 +88,6 @@ class HostView:
         return (self.host_name or socket.gethostname()).partition(".")[0]
 
 
-@dataclass(frozen=True)
-class _Signature:
-    """What tells one content of a file from another without reading it; zeros where there is no file."""
-
-    file: str
-    inode: int = 0
-    size: int = 0
-    mtime_ns: int = 0
-    ctime_ns: int = 0
-
-    @classmethod
-    def of(cls, file: str, status: os.stat_result) -> _Signature:
-        return cls(file, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """The merged text of slurm.conf: single values by lower-case key, node lines in order, and the files."""
-
-    values: Mapping[str, str]
-    nodes: Tuple[Tuple[str, str], ...]
-    files: Tuple[_Signature, ...]
-    owner: int
-
-
 class SlurmConf:
     """The settings, read again when a file has changed. Safe to share between threads."""
 
@@ -139,7 +108,7 @@ class SlurmConf:
         self._host = host
         self._lock = threading.Lock()
         self._known: Optional[SlurmSettings] = None
-        self._signature: Tuple[_Signature, ...] = ()
+        self._signature: Tuple[Signature, ...] = ()
         self._until_s = 0.0
         self._looked_until_s = 0.0
         self._complaint = ""
@@ -155,7 +124,11 @@ class SlurmConf:
     def is_there(self) -> bool:
         """Whether Slurm looks installed here: a slurm.conf or a spool directory. For ``backend = "auto"``."""
         spool = self._overrides.spool_dir or self._host.default_spool_dir
-        return self._find_file(None) is not None or Path(spool).is_dir()
+        try:
+            return self._find_file(None) is not None or os.path.isdir(spool)
+        except JobManagerError:
+            # Not to be seen is not "not there": of another backend nobody here would have a job.
+            return True
 
     def settings(self) -> SlurmSettings:
         """What is in force now. Raises JobManagerError if nothing ever could be read."""
@@ -194,8 +167,13 @@ class SlurmConf:
         if self._signature != self._sign():
             return True
         slurmd = self._slurmd
-        gone = slurmd.pid != 0 and started_ns(slurmd.pid, self._host.proc_root) != slurmd.started_ns
-        return gone and not self._stopped
+        if slurmd.pid == 0 or self._stopped:
+            return False
+        try:
+            return started_ns(slurmd.pid, self._host.proc_root) != slurmd.started_ns
+        except JobManagerError:
+            # Not to be seen is not gone; what was read stays in force.
+            return False
 
     def _still_in(self, found: SlurmSettings) -> Optional[str]:
         """The directory before, where the file names another and only the one before has steps of this node's.
@@ -219,10 +197,10 @@ class SlurmConf:
             self._noted(JobFault.CONFIGURATION)
             log.warning("job_fault", fault=JobFault.CONFIGURATION.value, detail=text)
 
-    def _sign(self) -> Tuple[_Signature, ...]:
-        return tuple(_signature_of(each.file) for each in self._signature)
+    def _sign(self) -> Tuple[Signature, ...]:
+        return tuple(signature_of(each.file) for each in self._signature)
 
-    def _load(self) -> Tuple[SlurmSettings, Tuple[_Signature, ...]]:
+    def _load(self) -> Tuple[SlurmSettings, Tuple[Signature, ...]]:
         said_all = self._overrides.node_name and self._overrides.conf_file
         slurmd = RunningSlurmd() if said_all else self._find_slurmd()
         file = self._find_file(slurmd.conf_file)
@@ -230,9 +208,9 @@ class SlurmConf:
             if not (self._overrides.spool_dir and self._overrides.node_name):
                 text_of = f"no slurm.conf: not one of {', '.join(self._host.conf_files)}"
                 raise JobManagerError(text_of, JobFault.CONFIGURATION)
-            text = _Text({}, (), (), 0)
+            text = ConfText()
         else:
-            text = _read(file)
+            text = read(file)
             self._check_whole(file, text)
         users = [_uid_of(text.values.get(key, "root"), key) for key in ("slurmuser", "slurmduser")]
         trusted = frozenset((0, *users))
@@ -245,10 +223,7 @@ class SlurmConf:
         spool = spool.replace("%h", self._host.short_name()).replace("%n", node_name)
         if not spool.startswith("/"):
             raise JobManagerError(f"{file}: SlurmdSpoolDir {spool!r} is not an absolute path", JobFault.CONFIGURATION)
-        beside = None if file is None else str(Path(file).with_name("cgroup.conf"))
-        cgroup = _read(beside) if beside is not None and Path(beside).exists() else _Text({}, (), (), 0)
-        if beside is not None and not cgroup.files:
-            cgroup = replace(cgroup, files=(_Signature(beside),))
+        cgroup = ConfText() if file is None else read_if_there(str(Path(file).with_name("cgroup.conf")))
         paths = SlurmPaths(
             node_name,
             cgroup.values.get("cgroupslice", DEFAULT_SLICE),
@@ -276,7 +251,7 @@ class SlurmConf:
             self._slurmd = found
         return self._slurmd
 
-    def _check_whole(self, file: str, text: _Text) -> None:
+    def _check_whole(self, file: str, text: ConfText) -> None:
         """Raise JobManagerError for half a file, read while it is being written: every cluster has a controller."""
         has_controller = bool(text.values.keys() & {"slurmctldhost", "controlmachine"})
         if self._has_controller and not has_controller:
@@ -287,9 +262,9 @@ class SlurmConf:
         for named in (self._overrides.conf_file, of_slurmd, self._environment.get("SLURM_CONF")):
             if named:
                 return named
-        return next((file for file in self._host.conf_files if Path(file).is_file()), None)
+        return next((file for file in self._host.conf_files if _is_file(file)), None)
 
-    def _node_name(self, of_slurmd: Optional[str], text: _Text) -> Tuple[str, bool]:
+    def _node_name(self, of_slurmd: Optional[str], text: ConfText) -> Tuple[str, bool]:
         """The NodeName, and whether anything but the host name says so."""
         for named in (self._overrides.node_name, of_slurmd, self._environment.get("SLURMD_NODENAME")):
             if named:
@@ -303,9 +278,19 @@ class SlurmConf:
         return short, False
 
 
+def _is_file(file: str) -> bool:
+    """Raises JobManagerError if that cannot be told, as where a file server is away."""
+    try:
+        return stat.S_ISREG(os.stat(file).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise JobManagerError(f"{file}: {error.strerror}", JobFault.CONFIGURATION) from None
+
+
 def values_of(file: str) -> Mapping[str, str]:
     """Every single value of a configuration file of Slurm's, by lower-case key. Raises JobManagerError."""
-    return _read(file).values
+    return read(file).values
 
 
 def _name_at(names: str, hosts: str, host: str) -> Optional[str]:
@@ -317,72 +302,6 @@ def _name_at(names: str, hosts: str, host: str) -> Optional[str]:
         if each == host:
             return next((name for index, name in enumerate(expand(names)) if index == position), None)
     return None
-
-
-def _read(file: str) -> _Text:
-    """One configuration file and all it includes. Raises JobManagerError."""
-    values: Dict[str, str] = {}
-    nodes: List[Tuple[str, str]] = []
-    files: List[_Signature] = []
-    owner = _read_into(file, Path(file).parent, values, nodes, files)
-    return _Text(values, tuple(nodes), tuple(files), owner)
-
-
-def _read_into(
-    file: str, base: Path, values: Dict[str, str], nodes: List[Tuple[str, str]], files: List[_Signature]
-) -> int:
-    if len(files) >= _INCLUDES_MAX:
-        raise JobManagerError(f"{file}: more than {_INCLUDES_MAX} files include each other", JobFault.CONFIGURATION)
-    text, signature, owner = _text_of(file)
-    files.append(signature)
-    for line in _lines(text):
-        included = _INCLUDE.fullmatch(line)
-        if included is not None:
-            name = included[1].replace("%c", values.get("clustername", ""))
-            if _read_into(str(base / name), base, values, nodes, files) not in (0, owner):
-                raise JobManagerError(
-                    f"{base / name}: its owner is neither root nor that of the file including it",
-                    JobFault.CONFIGURATION,
-                )
-            continue
-        pairs = {key.lower(): value.strip('"') for key, value in _PAIR.findall(line)}
-        if "nodename" in pairs:
-            nodes.append((pairs["nodename"], pairs.get("nodehostname", pairs["nodename"])))
-        elif not pairs.keys() & {"partitionname", "downnodes", "nodeset", "switchname"}:
-            values.update(pairs)
-    return owner
-
-
-def _text_of(file: str) -> Tuple[str, _Signature, int]:
-    """A file's text, its signature from right before it was read, and its owner.
-
-    Raises JobManagerError if it cannot be read or anybody could have written it.
-    """
-    try:
-        with Path(file).open("rb") as opened:
-            status = os.fstat(opened.fileno())
-            data = opened.read(_FILE_MAX_BYTES + 1)
-    except OSError as error:
-        raise JobManagerError(f"{file}: {error.strerror}", JobFault.CONFIGURATION) from None
-    if not stat.S_ISREG(status.st_mode) or len(data) > _FILE_MAX_BYTES:
-        raise JobManagerError(f"{file}: not a configuration file", JobFault.CONFIGURATION)
-    if status.st_mode & stat.S_IWOTH:
-        raise JobManagerError(f"{file}: everybody can write it", JobFault.CONFIGURATION)
-    return data.decode("utf-8", "surrogateescape"), _Signature.of(file, status), status.st_uid
-
-
-def _lines(text: str) -> Iterator[str]:
-    """Logical lines: a backslash at the end continues one, an unescaped # ends it."""
-    pending = ""
-    for line in text.splitlines():
-        line = _COMMENT.sub("", line).rstrip()
-        if line.endswith("\\"):
-            pending += line[:-1] + " "
-            continue
-        yield (pending + line).replace("\\#", "#")
-        pending = ""
-    if pending:
-        yield pending
 
 
 def _uid_of(user: str, key: str) -> int:
@@ -405,10 +324,3 @@ def _has_steps(directory: str, node_name: str) -> bool:
             )
     except OSError:
         return False
-
-
-def _signature_of(file: str) -> _Signature:
-    try:
-        return _Signature.of(file, os.stat(file))
-    except OSError:
-        return _Signature(file)

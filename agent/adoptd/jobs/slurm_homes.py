@@ -11,9 +11,13 @@ import re
 from typing import Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from adoptd.hierarchy import CgroupMounts, Hierarchy, HierarchyKind
+from adoptd.jobs.looks import can_freeze, is_frozen
 from adoptd.jobs.slurm_conf import SlurmConf
 from adoptd.jobs.slurm_paths import NamedJob, SlurmPaths
 from adoptd.model import Job
+
+# Below a step of cgroup v2: what is not slurmstepd's own, and what Slurm freezes. In v1 it freezes the step.
+_USER = "/user"
 
 
 class Homes:
@@ -80,6 +84,18 @@ class Homes:
                 found[each.number] = next(step for step in steps if paths.parse(each.kind, step)).rpartition("/")[0]
         return found
 
+    def is_frozen(self, job: Job, sluid: Optional[int]) -> bool:
+        """Whether who comes into the job's extern step stands still. Raises JobManagerError.
+
+        Users have that at any time (scancel --signal=STOP), administrators too (scontrol suspend).
+        """
+        paths = self._paths
+        for each in self._mounts.hierarchies():
+            step = _home(paths, each, job, sluid) if can_freeze(each) else None
+            if step is not None and is_frozen(each, step + (_USER if each.kind is HierarchyKind.V2 else "")):
+                return True
+        return False
+
     def other_steps(self, job: Job, sluid: Optional[int]) -> Iterator[Tuple[str, ...]]:
         """By hierarchy, the directories of the job's steps other than the extern step. Raises JobManagerError."""
         for home in self.of(job, sluid):
@@ -124,7 +140,12 @@ def _names_of(job: Job, sluid: Optional[int]) -> Tuple[NamedJob, ...]:
 
 def _is_home(paths: SlurmPaths, hierarchy: Hierarchy, job: Job, sluid: Optional[int]) -> bool:
     """Whether the job's extern step has a cgroup in the hierarchy."""
+    return _home(paths, hierarchy, job, sluid) is not None
+
+
+def _home(paths: SlurmPaths, hierarchy: Hierarchy, job: Job, sluid: Optional[int]) -> Optional[str]:
+    """The path of the cgroup that the job's extern step has in the hierarchy; None if it has none."""
     steps = paths.extern_steps(hierarchy.kind, job.uid, int(job.id), sluid)
     # Twenty looks in each adoption, most of them in vain, and it is the exception that makes stat() slow. Nothing else
     # than a cgroup has such a name there.
-    return any(os.access(hierarchy.mount_point + step, os.F_OK) for step in steps)
+    return next((step for step in steps if os.access(hierarchy.mount_point + step, os.F_OK)), None)

@@ -63,13 +63,17 @@ def aliases_of(host: str, hosts_file: str) -> Sequence[str]:
 
 
 def find_slurmd(proc_root: str = "/proc") -> RunningSlurmd:
-    """What the slurmd of this host was started with. Raises JobManagerError if several disagree.
+    """What the slurmd of this host was started with. Raises JobManagerError if several disagree, or it cannot be seen.
 
     Only one that root started, from a file of that name, in our mount namespace: a user can start a
     set-uid program under the name slurmd with any arguments, and a container's slurmd sees other files.
     """
     found: Dict[RunningSlurmd, RunningSlurmd] = {}
-    for entry in os.listdir(proc_root):
+    try:
+        entries = os.listdir(proc_root)
+    except OSError as error:
+        raise JobManagerError(f"{proc_root}: {error.strerror}") from None
+    for entry in entries:
         if not (entry.isascii() and entry.isdigit()):
             continue
         directory = Path(proc_root) / entry

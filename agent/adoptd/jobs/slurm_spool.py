@@ -1,25 +1,22 @@
-"""The extern steps of this node: their sockets in slurmd's spool directory, and what each says of itself.
+"""The extern steps of this node, and what each says of itself.
 
-Owns which socket may be believed, and the memory of what a step once said. It must never unlink a socket, ask
-a step that is known to be another user's, nor take silence for "no job". Called by the slurm backend.
+Owns the asking of all of them at once, and the memory of what a step once said. It must never ask a step that is known
+to be another user's, nor take silence for "no job". Called by the slurm backend.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import stat
 import threading
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Callable, Dict, FrozenSet, Iterator, List, Optional, Set, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple, Union
 
 from adoptd import log
 from adoptd.deadline import Deadline
 from adoptd.jobs import slurm_wire as wire
 from adoptd.jobs.slurm_conf import SlurmConf, SlurmSettings
-from adoptd.jobs.slurm_paths import parse_job_id
+from adoptd.jobs.slurm_sockets import Complaints, SpoolDirectory, StepFile, StepSockets
 from adoptd.jobs.slurm_step import (
     StepClosed,
     StepConnection,
@@ -30,8 +27,8 @@ from adoptd.jobs.slurm_step import (
     StepSilent,
     connect,
 )
-from adoptd.jobs.slurm_wire import EXTERN_STEPS, Op, StepState
-from adoptd.model import Job, JobFault, JobManagerError
+from adoptd.jobs.slurm_wire import Op, StepState
+from adoptd.model import Job, JobFault
 from adoptd.process import started_ns
 
 # An idle step answers within 0.1 ms, one on a node with more to do than CPUs within tens. Steps are waited for
@@ -41,22 +38,8 @@ STEP_MS = 400.0
 # at every login while it hangs. As soon as it answers again it is heard again.
 HASTY_MS = 20.0
 _HASTY_FOR_S = 10.0
-_COMPLAINTS_MAX = 1024
 _STALE_NAMED = 5
 _HELLO = wire.hello() + wire.request(Op.STATE) + wire.request(Op.UID)
-# Any node's extern step; the last "." may be followed by a heterogeneous component.
-_SOCKET = re.compile(r"(.+)_([0-9]{1,10})\.([0-9]{1,10})(?:\.[0-9]{1,10})?", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class StepFile:
-    """A socket file. Device, inode and ctime together are never those of an earlier file of that name."""
-
-    name: str
-    job_id: int
-    device: int
-    inode: int
-    ctime_ns: int
 
 
 @dataclass(frozen=True)
@@ -125,7 +108,6 @@ class Spool:
 
         ``noted`` is told of each fault that no login fails of.
         """
-        self._conf = conf
         self._proc_root = proc_root
         self._step_ms = step_ms
         self._lock = threading.Lock()
@@ -133,7 +115,8 @@ class Spool:
         self._noted = noted
         self._hasty_until_s: Dict[StepFile, float] = {}
         self._stale: Set[StepFile] = set()
-        self._complaints: Dict[str, str] = {}
+        self._complaints = Complaints()
+        self._sockets = StepSockets(conf, self._complaints, noted)
 
     def steps(self, deadline: Deadline, uid: Optional[int] = None, job_id: Optional[int] = None) -> Steps:
         """The extern steps here, of one user or one job if given, ending ones included; one per job.
@@ -153,17 +136,17 @@ class Spool:
         silent: List[Silent] = []
         stale: List[StepFile] = []
         with ExitStack() as connections:
-            with self._opened() as (directory, settings):
-                files = [file for file in self._files(directory, settings) if job_id in (None, file.job_id)]
+            with self._sockets.opened() as spool:
+                files = [file for file in self._files(spool) if job_id in (None, file.job_id)]
                 with self._lock:
                     memory = {file: self._known[file] for file in files if file in self._known}
                 wanted = [file for file in files if uid is None or file not in memory or memory[file].uid == uid]
                 # Connecting and writing never wait, so every step works on its answer while the first is read.
-                asked = [(file, self._begin(directory, file, settings, connections)) for file in wanted]
+                asked = [(file, self._begin(spool, file, connections)) for file in wanted]
                 together, hasty = deadline.earlier(self._step_ms), deadline.earlier(HASTY_MS)
                 for file, connection in asked:
                     wait = hasty if file in memory and self._was_silent(file) else together
-                    answer = self._finish(directory, file, connection, memory.get(file), settings, wait, connections)
+                    answer = self._finish(spool, file, connection, memory.get(file), wait, connections)
                     if isinstance(answer, Heard):
                         if file.job_id not in found or found[file.job_id].step.file.ctime_ns < file.ctime_ns:
                             found[file.job_id] = answer
@@ -171,7 +154,7 @@ class Spool:
                         stale.append(file)
                     elif not isinstance(answer, StepGone):
                         silent.append(Silent(file.job_id, str(answer), answer.fault))
-                self._report_stale(directory, stale, settings)
+                self._report_stale(spool, stale)
             yield tuple(found.values()), tuple(silent)
 
     def remembered(self, job_id: int) -> Optional[Step]:
@@ -187,11 +170,11 @@ class Spool:
         step = known[0] if len(known) == 1 else None
         if step is None:
             return None
-        with self._opened() as (directory, settings):
-            of_this_node = step.file.name.startswith(f"{settings.node_name}_{job_id}.")
-            if not of_this_node or not _is_there(directory, step.file) or not self._is_alive(step):
+        with self._sockets.opened() as spool:
+            of_this_node = step.file.name.startswith(f"{spool.settings.node_name}_{job_id}.")
+            if not of_this_node or not spool.has(step.file) or not self._is_alive(step):
                 return None
-        return replace(step, state=None, cluster=settings.cluster_name)
+        return replace(step, state=None, cluster=spool.settings.cluster_name)
 
     @contextmanager
     def connected(self, job: Job, deadline: Deadline) -> Iterator[Tuple[StepConnection, Step]]:
@@ -199,72 +182,23 @@ class Spool:
 
         Raises StepGone if the job has ended or is another one by now, StepError, JobManagerError.
         """
-        with self._opened() as (directory, settings), ExitStack() as connections:
-            for file in self._files(directory, settings):
+        with self._sockets.opened() as spool, ExitStack() as connections:
+            for file in self._files(spool):
                 if str(file.job_id) != job.id or file.inode != job.identity[-1]:
                     continue
-                connection = self._begin(directory, file, settings, connections)
+                connection = self._begin(spool, file, connections)
                 if isinstance(connection, StepError):
                     raise connection
-                step = self._read(file, connection, None, settings, deadline)
+                step = self._read(file, connection, None, spool.settings, deadline)
                 if (step.job.identity, step.uid) != (job.identity, job.uid):
                     continue
                 yield connection, step
                 return
         raise StepGone(f"job {job.id} has ended")
 
-    @contextmanager
-    def _opened(self) -> Iterator[Tuple[int, SlurmSettings]]:
-        settings = self._conf.settings()
-        try:
-            directory = os.open(settings.spool_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            text = f"slurmd's spool directory {settings.spool_dir}: {error.strerror}"
-            raise JobManagerError(text, JobFault.SPOOL_UNREADABLE) from None
-        try:
-            # Where it really is, behind any link, by the word of the kernel.
-            path = os.readlink(f"/proc/self/fd/{directory}")
-            _check_trusted(path, directory, settings.trusted_uids)
-            yield directory, settings
-        finally:
-            os.close(directory)
-
-    def _files(self, directory: int, settings: SlurmSettings) -> List[StepFile]:
-        """The sockets of this node's extern steps. Raises JobManagerError."""
-        # Read every time. Its modification time is no proof that nothing has changed: two changes within one tick of
-        # the kernel's clock have the same one, a file server has a clock of its own, and any clock can be set back.
-        files: List[StepFile] = []
-        others: Set[str] = set()
-        try:
-            names = os.listdir(directory)
-        except OSError as error:
-            text = f"slurmd's spool directory {settings.spool_dir}: {error.strerror}"
-            raise JobManagerError(text, JobFault.SPOOL_UNREADABLE) from None
-        for name in names:
-            match = _SOCKET.fullmatch(name)
-            job_id = parse_job_id(match[2]) if match is not None else None
-            if match is None or job_id is None or int(match[3]) not in EXTERN_STEPS:
-                continue
-            if match[1] != settings.node_name:
-                others.add(match[1])
-                continue
-            try:
-                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            if not stat.S_ISSOCK(status.st_mode) or status.st_uid not in settings.trusted_uids:
-                text = f"{settings.spool_dir}/{name}: not a socket of root's or SlurmUser's, ignored"
-                self._complain(name, JobFault.FOREIGN_SOCKET, text)
-                self._noted(JobFault.FOREIGN_SOCKET)
-                continue
-            files.append(StepFile(name, job_id, status.st_dev, status.st_ino, status.st_ctime_ns))
-        if others and not files and not settings.node_name_certain:
-            # Then the guess is wrong, and "no jobs" would turn away everybody who has some.
-            raise JobManagerError(
-                f"{settings.spool_dir} has job steps of node {', '.join(sorted(others))} and none of "
-                f"{settings.node_name}, which is only this host's name: set the NodeName",
-                JobFault.OTHER_NODE,
-            )
+    def _files(self, spool: SpoolDirectory) -> List[StepFile]:
+        """The sockets that are there; what is remembered of others is forgotten. Raises JobManagerError."""
+        files = self._sockets.files(spool)
         with self._lock:
             here = set(files)
             self._known = {file: step for file, step in self._known.items() if file in here}
@@ -272,11 +206,9 @@ class Spool:
             self._stale &= here
         return files
 
-    def _begin(
-        self, directory: int, file: StepFile, settings: SlurmSettings, connections: ExitStack
-    ) -> Union[StepConnection, StepError]:
+    def _begin(self, spool: SpoolDirectory, file: StepFile, connections: ExitStack) -> Union[StepConnection, StepError]:
         try:
-            step = connect(directory, file.name, f"step {file.name}", settings.trusted_uids)
+            step = connect(spool.descriptor, file.name, f"step {file.name}", spool.settings.trusted_uids)
             connection = connections.enter_context(step)
             connection.send(_HELLO)
             return connection
@@ -285,11 +217,10 @@ class Spool:
 
     def _finish(
         self,
-        directory: int,
+        spool: SpoolDirectory,
         file: StepFile,
         begun: Union[StepConnection, StepError],
         known: Optional[Step],
-        settings: SlurmSettings,
         deadline: Deadline,
         connections: ExitStack,
     ) -> Union[Heard, StepError]:
@@ -298,14 +229,14 @@ class Spool:
             try:
                 if isinstance(begun, StepError):
                     raise begun
-                step = self._read(file, begun, known, settings, deadline)
+                step = self._read(file, begun, known, spool.settings, deadline)
                 with self._lock:
                     self._known[file] = step
                     self._hasty_until_s.pop(file, None)
-                    self._complaints.pop(file.name, None)
+                self._complaints.withdraw(file.name)
                 return Heard(step, begun, time.monotonic())
             except StepForeign as error:
-                self._complain(file.name, error.fault, f"{error}, ignored")
+                self._complaints.say(file.name, error.fault, f"{error}, ignored")
                 self._noted(error.fault)
                 return error
             except StepGone as error:
@@ -314,14 +245,14 @@ class Spool:
                 failure: StepError = error
                 # One that ends closes what is open, and is gone when looked for again.
                 if attempt == 0:
-                    begun = self._begin(directory, file, settings, connections)
+                    begun = self._begin(spool, file, connections)
             except StepError as error:
                 failure = error
                 break
         if known is not None and not self._is_alive(known):
             known = None
         told = "is still counted" if known else "cannot be told"
-        self._complain(file.name, failure.fault, f"{failure}; its job {told}")
+        self._complaints.say(file.name, failure.fault, f"{failure}; its job {told}")
         if known is not None:
             self._noted(failure.fault)
         if isinstance(failure, StepSilent):
@@ -367,62 +298,19 @@ class Spool:
                 del self._hasty_until_s[file]
             return until is not None and until > now
 
-    def _report_stale(self, directory: int, files: List[StepFile], settings: SlurmSettings) -> None:
+    def _report_stale(self, spool: SpoolDirectory, files: List[StepFile]) -> None:
         """One line for all that are new: a node may have hundreds after a bad day, and none is ours to remove."""
         with self._lock:
             fresh = [file for file in files if file not in self._stale]
         # Looked at again: a step that ends hangs up first and removes its socket then.
-        fresh = [file for file in fresh if _is_there(directory, file)]
+        fresh = [file for file in fresh if spool.has(file)]
         if not fresh:
             return
         with self._lock:
             self._stale.update(fresh)
         names = ", ".join(sorted(file.name for file in fresh)[:_STALE_NAMED])
         more = f" and {len(fresh) - _STALE_NAMED} more" if len(fresh) > _STALE_NAMED else ""
-        text = f"{settings.spool_dir}: nobody listens on {len(fresh)} step sockets ({names}{more}): no jobs"
+        text = f"{spool.settings.spool_dir}: nobody listens on {len(fresh)} step sockets ({names}{more}): no jobs"
         log.warning("job_fault", fault=JobFault.STALE_SOCKET.value, detail=text)
         for _ in fresh:
             self._noted(JobFault.STALE_SOCKET)
-
-    def _complain(self, subject: str, fault: JobFault, text: str) -> None:
-        """Once, until the subject is found well again: it is asked at every login."""
-        with self._lock:
-            if self._complaints.get(subject) == text:
-                return
-            if len(self._complaints) >= _COMPLAINTS_MAX:
-                self._complaints.clear()
-            self._complaints[subject] = text
-        log.warning("job_fault", fault=fault.value, detail=text)
-
-
-def _is_there(directory: int, file: StepFile) -> bool:
-    try:
-        status = os.stat(file.name, dir_fd=directory, follow_symlinks=False)
-    except OSError:
-        return False
-    return (status.st_dev, status.st_ino, status.st_ctime_ns) == (file.device, file.inode, file.ctime_ns)
-
-
-def _check_trusted(path: str, directory: int, trusted: FrozenSet[int]) -> None:
-    """Raise JobManagerError if anybody else could put a socket there, or another directory in its place."""
-    statuses = [(path, os.fstat(directory))]
-    parent = os.path.dirname(path)
-    while True:
-        try:
-            statuses.append((parent, os.stat(parent)))
-        except OSError as error:
-            raise JobManagerError(f"{parent}: {error.strerror}", JobFault.SPOOL_UNREADABLE) from None
-        if parent == "/":
-            break
-        parent = os.path.dirname(parent)
-    for name, status in statuses:
-        if status.st_uid not in trusted:
-            text = f"slurmd's spool directory {path}: {name} belongs to uid {status.st_uid}"
-            raise JobManagerError(text, JobFault.SPOOL_UNTRUSTED)
-        open_to_group = status.st_mode & stat.S_IWGRP and status.st_gid != 0
-        if not (open_to_group or status.st_mode & stat.S_IWOTH):
-            continue
-        # In a sticky directory others can add entries, but not replace one that is not theirs.
-        if name == path or not status.st_mode & stat.S_ISVTX:
-            text = f"slurmd's spool directory {path}: others can write to {name}"
-            raise JobManagerError(text, JobFault.SPOOL_UNTRUSTED)
