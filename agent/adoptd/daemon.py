@@ -1,6 +1,7 @@
 """What any daemon does with its process: its place before others, its descriptors, its tasks.
 
-Owns what is asked of the kernel for the agent as a whole. Knows nothing of logins or jobs. Called by the service.
+Owns what is asked of the kernel for the agent as a whole. Knows nothing of logins or jobs. Called by the service and by
+its tasks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,19 @@ async def unless(stop: asyncio.Event, work: Coroutine[object, object, None]) -> 
         await asyncio.gather(stopping, working, return_exceptions=True)
     if not working.cancelled():
         working.result()
+
+
+async def woken(event: asyncio.Event, within_s: float) -> None:
+    """Wait for ``event``, and no longer than that.
+
+    Not wait_for(), which before Python 3.12 forgets a cancellation that comes together with the event: who waits in a
+    loop would then never end.
+    """
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait((waiting,), timeout=within_s)
+    finally:
+        waiting.cancel()
 
 
 async def kept_up(what: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -25,6 +25,7 @@ from adoptd.server import (
     PEER_MAX,
     PEER_MAX_PER_ADDRESS,
     PEER_READ_S,
+    USER_KEPT_FOR_ROOT,
     USER_MAX,
     USER_MAX_PER_UID,
     Doorkeeper,
@@ -116,7 +117,15 @@ class Doors:
             bound = sock
         self._doors.append(
             Doorkeeper(
-                door, [bound], handler, self._metrics, LOCAL_READ_S, *bounds, names=names, outlive_us=sock is not None
+                door,
+                [bound],
+                handler,
+                self._metrics,
+                LOCAL_READ_S,
+                *bounds,
+                names=names,
+                outlive_us=sock is not None,
+                kept_for_root=USER_KEPT_FOR_ROOT if door is Door.USER else 0,
             )
         )
 

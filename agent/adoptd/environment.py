@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from typing import ClassVar, Dict, FrozenSet, Optional, Set
 
-from adoptd.process import ProcessHandle
+from adoptd.process import ProcessHandle, uids_in
 
 # An environment can take a quarter of the stack limit, 2 MiB by default (execve(2)). Larger is no job's.
 ENVIRON_MAX_BYTES = 2 << 20
@@ -32,7 +32,6 @@ _SYS_CLOSE_RANGE, _CLOSE_RANGE_UNSHARE = 436, 1 << 1
 # POSIX 8.1, with lower case, and what pam_adopt.so takes.
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _libc = ctypes.CDLL(None, use_errno=True)
-_UIDS = re.compile(rb"^Uid:\t(\d+)\t(\d+)\t(\d+)\t(\d+)$", re.MULTILINE)
 
 
 def environment_of(process: ProcessHandle, uid: int, proc_root: str = "/proc") -> Optional[Dict[str, str]]:
@@ -52,10 +51,8 @@ def environment_of(process: ProcessHandle, uid: int, proc_root: str = "/proc") -
 def uids_of(process: ProcessHandle, proc_root: str = "/proc") -> Optional[FrozenSet[int]]:
     """The real, effective, saved and file system uid of ``process`` as a set; None if it has ended."""
     status = _read(f"{proc_root}/{process.pid}/status", _STATUS_MAX_BYTES)
-    uids = None if status is None else _UIDS.search(status)
-    if uids is None or not process.alive():
-        return None
-    return frozenset(int(each) for each in uids.groups())
+    uids = None if status is None else uids_in(status)
+    return frozenset(uids) if uids is not None and process.alive() else None
 
 
 class _Reader(threading.Thread):

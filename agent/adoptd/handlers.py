@@ -180,6 +180,9 @@ class Handlers:
                     reply = control_wire.encode_result(await self._desk().control.execute(command, asking))
             except AdoptdError as error:
                 reply = control_wire.encode_error(str(error))
+            if len(reply) > frame.CONTROL_MAX_BYTES:
+                words = f"the answer has {len(reply)} bytes, and no more than {frame.CONTROL_MAX_BYTES} can be sent"
+                reply = control_wire.encode_error(words)
             await conversation.send(frame.encode_frame(reply, frame.CONTROL_MAX_BYTES))
         finally:
             if process is not None:

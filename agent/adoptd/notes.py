@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from adoptd import log
+from adoptd.daemon import woken
 from adoptd.deadline import Deadline
 from adoptd.hierarchy import CgroupMounts, HierarchyKind
 from adoptd.jobs import JobBackend
 from adoptd.model import AdoptdError, Ambiguous, Job, JobManagerError, Owner, ProbeError
 from adoptd.probe.connects import OpenConnects
 from adoptd.probe.record import decode_connected
-from adoptd.process import was_started_before
+from adoptd.process import uids_in, was_started_before
 from adoptd.workers import OutOfTime, Overloaded, Workers
 
 # A question about a connection comes with the login over it: sshd gives that two minutes (LoginGraceTime).
@@ -115,12 +116,10 @@ def look(jobs: JobBackend, pid: int, connected_at_ns: int) -> Optional[Tuple[int
 def _real_uid(pid: int) -> Optional[int]:
     try:
         with open(f"/proc/{pid}/status", "rb", buffering=0) as stream:
-            for line in stream.read().split(b"\n"):
-                if line.startswith(b"Uid:"):
-                    return int(line.split()[1])
+            uids = uids_in(stream.read())
     except OSError:
-        pass
-    return None
+        return None
+    return None if uids is None else uids[0]
 
 
 class NoteTaker:
@@ -193,8 +192,7 @@ class NoteTaker:
             # Once, and then not until this has been read: a buffer that has more is looked at in the next round.
             loop.add_reader(connects.ring.fileno(), self._news.set)
         try:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), max(0.0, until_s - time.monotonic()))
+            await woken(self._news, max(0.0, until_s - time.monotonic()))
         finally:
             if connects is not None:
                 loop.remove_reader(connects.ring.fileno())

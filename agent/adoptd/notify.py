@@ -8,6 +8,10 @@ import socket
 
 from adoptd import log
 
+# A manager that is well takes a datagram at once. One whose queue is full is waited for no longer than this: the event
+# loop waits with us.
+_SEND_S = 1.0
+
 
 def notify(*assignments: str) -> None:
     """Send ``READY=1`` and the like to the service manager, if there is one. Never raises."""
@@ -18,6 +22,7 @@ def notify(*assignments: str) -> None:
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.settimeout(_SEND_S)
             sock.connect(address)
             sock.sendall("\n".join(assignments).encode())
     except OSError as error:

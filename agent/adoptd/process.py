@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import socket
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Optional, Type
+from typing import NamedTuple, Optional, Tuple, Type
 
-from adoptd.model import PID_MAX, AdoptionFailed, OutOfDescriptors
+from adoptd.model import PID_MAX, AdoptionFailed, JobManagerError, OutOfDescriptors
 
 # Start times in /proc count USER_HZ ticks, 10 ms on every Linux since 2.6 (proc_pid_stat(5), sysconf(3)).
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -28,6 +29,9 @@ _STAT_MAX_BYTES = 4096
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 # include/linux/sched.h; the same bit since Linux 2.6.
 _PF_EXITING = 0x4
+# Lines of /proc/PID/status (proc_pid_status(5)).
+_UIDS = re.compile(rb"^Uid:\t(\d+)\t(\d+)\t(\d+)\t(\d+)$", re.MULTILINE)
+_TGID = re.compile(rb"^Tgid:\t(\d+)$", re.MULTILINE)
 # States of a task that has ended, and is only waited for or not yet taken off the list.
 _ENDED = frozenset((b"Z", b"X"))
 
@@ -62,7 +66,18 @@ def parse_stat(text: bytes) -> Stat:
 
 
 def stat_of(pid: int, proc_root: str = "/proc") -> Optional[Stat]:
-    """A process as it is now, the remains of one that has ended included; None if it is gone."""
+    """A process as it is now, the remains of one that has ended included; None if it is gone.
+
+    Raises JobManagerError if it cannot be read, for want of a descriptor: that is not the same as being gone.
+    """
+    try:
+        return _read_stat(pid, proc_root)
+    except OSError as error:
+        raise JobManagerError(f"{proc_root}/{pid}/stat: {error.strerror}") from None
+
+
+def _read_stat(pid: int, proc_root: str) -> Optional[Stat]:
+    """Raises OSError for anything but a process that is gone."""
     try:
         # Neither pathlib nor open(): it is read in every answer and login, and most of the time was theirs.
         descriptor = os.open(f"{proc_root}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
@@ -79,7 +94,7 @@ def started_ns(pid: int, proc_root: str = "/proc") -> Optional[int]:
     """When a process started, in ns of CLOCK_BOOTTIME, rounded down to a clock tick; None if it is gone.
 
     Field 22 of /proc/PID/stat is the task's start_boottime (fs/proc/array.c; boot time since Linux 5.5,
-    and no kernel adoptd runs on is older).
+    and no kernel adoptd runs on is older). Raises JobManagerError as :func:`stat_of`.
     """
     stat = stat_of(pid, proc_root)
     return None if stat is None else stat.start_ticks * _TICK_NS
@@ -92,15 +107,26 @@ def was_started_before(pid: int, boottime_ns: int, proc_root: str = "/proc") -> 
     out, or only waited for: it is in no cgroup of v1 any more, which must not be taken for being in no job.
     Start times are rounded down by less than a tick, so a process that took the pid within 10 ms of that time passes.
     The strict comparison was rejected: it would disown every client that connects within 10 ms of its start.
+    Raises JobManagerError as :func:`stat_of`.
     """
     stat = stat_of(pid, proc_root)
     return stat is not None and not stat.exiting and stat.start_ticks * _TICK_NS <= boottime_ns
 
 
 def parent_of(pid: int, proc_root: str = "/proc") -> Optional[int]:
-    """The pid of a process's parent now; None if it is gone. 0: its parent is outside our pid namespace."""
+    """The pid of a process's parent now; None if it is gone. 0: its parent is outside our pid namespace.
+
+    Raises JobManagerError as :func:`stat_of`.
+    """
     stat = stat_of(pid, proc_root)
     return None if stat is None else stat.parent
+
+
+def uids_in(status: bytes) -> Optional[Tuple[int, int, int, int]]:
+    """The real, effective, saved and file system uid in a /proc/PID/status; None if it has no such line."""
+    # The name is the first line, and has its newlines escaped (fs/proc/array.c): no line is of the process's making.
+    found = _UIDS.search(status)
+    return None if found is None else (int(found[1]), int(found[2]), int(found[3]), int(found[4]))
 
 
 def thread_group_of(tid: int, proc_root: str = "/proc") -> Optional[int]:
@@ -109,11 +135,8 @@ def thread_group_of(tid: int, proc_root: str = "/proc") -> Optional[int]:
         status = (Path(proc_root) / str(tid) / "status").read_bytes()
     except OSError:
         return None
-    # The name is the first line, and has its newlines escaped (fs/proc/array.c).
-    for line in status.split(b"\n"):
-        if line.startswith(b"Tgid:"):
-            return int(line[5:])
-    return None
+    found = _TGID.search(status)
+    return None if found is None else int(found[1])
 
 
 class ProcessHandle:
@@ -151,11 +174,15 @@ class ProcessHandle:
         """Whether the process has exited or is on its way out, which no signal or mask can stop any more.
 
         Between the two the pidfd still says alive, but the kernel moves the process nowhere, and shows it in the
-        root of every v1 hierarchy (proc_cgroup_show): a failure to move it then means only this.
+        root of every v1 hierarchy (proc_cgroup_show): a failure to move it then means only this. Where it cannot be
+        seen the answer is no, and the failure stands.
         """
         if not self.alive():
             return True
-        stat = stat_of(self.pid, self._proc_root)
+        try:
+            stat = stat_of(self.pid, self._proc_root)
+        except JobManagerError:
+            return False
         return stat is None or stat.exiting
 
     def fileno(self) -> int:
@@ -220,12 +247,12 @@ def _not_opened(pid: int, error: OSError) -> AdoptionFailed:
 def _hold(pid: int, pidfd: int, proc_root: str) -> ProcessHandle:
     # Read after the pidfd is there: if the process still lives afterwards, the start time is its own.
     try:
-        started = started_ns(pid, proc_root)
+        stat = _read_stat(pid, proc_root)
     except OSError as error:
         # The last descriptor may have been the pidfd's.
         os.close(pidfd)
         raise _not_opened(pid, error) from None
-    handle = None if started is None else ProcessHandle(pid, pidfd, started, proc_root)
+    handle = None if stat is None else ProcessHandle(pid, pidfd, stat.start_ticks * _TICK_NS, proc_root)
     if handle is None or not handle.alive():
         os.close(pidfd)
         raise AdoptionFailed(f"process {pid} has exited")

@@ -1,7 +1,7 @@
 """How many lines of one kind the log gets from one caller, and how many were left out.
 
 Owns the counting, in bounded memory; what is left out is for the metrics alone. Must never leave out the
-first line of a caller. Used by the handlers, in the event loop.
+first line of a caller. Used by the handlers and by the doors, whose callers are the reasons, in the event loop.
 """
 
 from __future__ import annotations

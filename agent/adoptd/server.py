@@ -13,13 +13,14 @@ import select
 import socket
 import time
 from collections import Counter, OrderedDict
-from typing import Awaitable, Callable, Dict, Optional, Sequence, Tuple
+from typing import Awaitable, Callable, Dict, Optional, Sequence
 
 from adoptd import log
 from adoptd.callerid import Refused
 from adoptd.metrics import Door, Metrics, Refusal
 from adoptd.model import AdoptdError, ProtocolError
-from adoptd.sockets import Caller, SocketName
+from adoptd.ration import Ration
+from adoptd.sockets import BACKLOG, Caller, SocketName
 from adoptd.wire import frame
 
 # A caller on this host has its whole message ready when it connects; a peer is a round trip away.
@@ -36,12 +37,18 @@ PEER_MAX = 1024
 PEER_MAX_PER_ADDRESS = 256
 USER_MAX = 64
 USER_MAX_PER_UID = 8
+# Of USER_MAX. With subordinate uids one user can be as many callers as fill the rest.
+USER_KEPT_FOR_ROOT = 8
+
+# As the caller at a unix socket.
+_ROOT = "uid 0"
 
 # Out of descriptors: the pause keeps a full table from spinning.
 _ACCEPT_PAUSE_S = 0.05
 
-# Refusals of one reason that a door says in the log within so many seconds. Anybody can be refused thousands of times
-# a second, and a log full of that hides what happens at the same time; the metric counts all of them.
+# Refusals of one reason, or failures to accept, that a door says in the log within so many seconds. Anybody can be
+# refused thousands of times a second, and a log full of that hides what happens at the same time; the metric counts
+# all of them.
 REFUSALS_LOGGED = 20
 REFUSALS_LOGGED_S = 10.0
 
@@ -131,7 +138,8 @@ class Doorkeeper:
     """Accepts on the sockets of one door and runs ``handler`` for each connection, within the bounds.
 
     Over a bound the oldest connection that has not yet sent its message goes. To refuse the newcomer
-    instead would let whoever connects and stays silent keep everybody else out.
+    instead would let whoever connects and stays silent keep everybody else out. Where places are kept for root, others
+    have the rest, and none of theirs costs root one.
     """
 
     def __init__(
@@ -146,8 +154,12 @@ class Doorkeeper:
         *,
         names: Sequence[SocketName] = (),
         outlive_us: bool = False,
+        kept_for_root: int = 0,
     ) -> None:
-        """``names`` are removed at the end. ``outlive_us``: the sockets are the service manager's, who keeps them."""
+        """``kept_for_root``: how many of ``bound`` nobody else gets. ``names`` are removed at the end.
+
+        ``outlive_us``: the sockets are the service manager's, who keeps them.
+        """
         self._door = door
         self._sockets = list(sockets)
         self._names = tuple(names)
@@ -157,11 +169,12 @@ class Doorkeeper:
         self._read_s = read_s
         self._bound = bound
         self._bound_per_caller = bound if bound_per_caller is None else bound_per_caller
+        self._bound_of_others = bound - kept_for_root
         self._silent: OrderedDict[asyncio.Task[None], str] = OrderedDict()
         self._callers: Dict[asyncio.Task[None], str] = {}
         self._count: Counter[str] = Counter()
-        # By reason: when its time began (monotonic), and how many there were since.
-        self._said: Dict[Refusal, Tuple[float, int]] = {}
+        # By reason; None is for connections that could not be accepted.
+        self._said = Ration(REFUSALS_LOGGED, REFUSALS_LOGGED_S, len(Refusal) + 1, time.monotonic)
 
     def open(self) -> None:
         """Begin to accept."""
@@ -182,8 +195,7 @@ class Doorkeeper:
             name.remove()
         for sock in self._sockets:
             if not self._outlive_us:
-                while self._accept_one(sock):
-                    pass
+                self._accept_those_waiting(sock)
             sock.close()
         if self._callers:
             _, late = await asyncio.wait(list(self._callers), timeout=within_s)
@@ -197,7 +209,7 @@ class Doorkeeper:
         try:
             self._accept_one(listener)
         except OSError as error:
-            log.error("accept_failed", socket=self._door.value, error=error.strerror)
+            self._not_accepted(error)
             loop.remove_reader(listener.fileno())
             loop.call_later(_ACCEPT_PAUSE_S, self._accept_again, listener, loop)
 
@@ -205,6 +217,20 @@ class Doorkeeper:
         # Closed meanwhile: its number may be another's by now.
         if listener.fileno() >= 0:
             loop.add_reader(listener.fileno(), self._accept, listener, loop)
+
+    def _accept_those_waiting(self, listener: socket.socket) -> None:
+        # No more than the kernel keeps waiting: whoever goes on connecting must not keep us from ending.
+        try:
+            for _ in range(BACKLOG + 1):
+                if not self._accept_one(listener):
+                    return
+        except OSError as error:
+            self._not_accepted(error)
+
+    def _not_accepted(self, error: OSError) -> None:
+        unsaid = self._said.take(None)
+        if unsaid is not None:
+            log.error("accept_failed", socket=self._door.value, error=error.strerror, unsaid=unsaid or None)
 
     def _accept_one(self, listener: socket.socket) -> bool:
         """Whether there was one. Raises OSError."""
@@ -228,9 +254,11 @@ class Doorkeeper:
         self._metrics.in_flight.labels(self._door.value).inc()
         task.add_done_callback(lambda ended: self._ended(ended, sock))
         if self._count[key] > self._bound_per_caller:
-            self._drop_oldest(key)
+            self._drop_oldest(lambda other: other == key)
+        elif key != _ROOT and len(self._callers) - self._count[_ROOT] > self._bound_of_others:
+            self._drop_oldest(lambda other: other != _ROOT)
         elif len(self._callers) > self._bound:
-            self._drop_oldest(None)
+            self._drop_oldest(lambda _: True)
 
     async def _serve(self, sock: socket.socket, key: str) -> None:
         loop = asyncio.get_running_loop()
@@ -262,9 +290,10 @@ class Doorkeeper:
         finally:
             patience.cancel()
 
-    def _drop_oldest(self, key: Optional[str]) -> None:
+    def _drop_oldest(self, may_go: Callable[[str], bool]) -> None:
+        """Of the callers whom ``may_go`` names, the one that has been silent longest, if any is silent."""
         for task, other in self._silent.items():
-            if key is None or other == key:
+            if may_go(other):
                 self._refused(Refusal.TOO_MANY, other, "too many connections at once, this one was silent longest")
                 task.cancel()
                 # At once: the task ends later, and the next one over the bound must not choose it again.
@@ -273,15 +302,11 @@ class Doorkeeper:
 
     def _refused(self, reason: Refusal, peer: str, text: str) -> None:
         self._metrics.refuse(self._door, reason)
-        now = time.monotonic()
-        since, count = self._said.get(reason, (now, 0))
-        unsaid = None
-        if now - since >= REFUSALS_LOGGED_S:
-            unsaid = max(0, count - REFUSALS_LOGGED) or None
-            since, count = now, 0
-        self._said[reason] = (since, count + 1)
-        if count < REFUSALS_LOGGED:
-            log.warning("refused", socket=self._door.value, reason=reason.value, peer=peer, error=text, unsaid=unsaid)
+        unsaid = self._said.take(reason)
+        if unsaid is not None:
+            log.warning(
+                "refused", socket=self._door.value, reason=reason.value, peer=peer, error=text, unsaid=unsaid or None
+            )
 
     def _ended(self, task: asyncio.Task[None], sock: socket.socket) -> None:
         sock.close()

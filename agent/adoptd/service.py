@@ -117,7 +117,8 @@ class Service:
 
             asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         asyncio.run(self._main())
-        if any(workers.pending for workers in self._all_workers()):
+        asked = 0 if self._watch is None else self._watch.witnesses.pending
+        if asked or any(workers.pending for workers in self._all_workers()):
             # Python waits at its exit for threads that are stuck, 10 s in a munged that hangs: so long the node would
             # be without an agent at a restart. All that was to be finished is, and the sockets are gone.
             log.warning("stopped_without_waiting", error="calls to others are still under way")
@@ -196,15 +197,23 @@ class Service:
             await watch.open()
             doors.open()
             await watch.start()
-            seal = await sealing
+            seal = await self._seal_at_last(sealing)
             if seal is not self._seal:
                 self._desk, self._seal = self._make_desk(self._config, seal, watch), seal
         finally:
             sealing.cancel()
         await self._ask_for_jobs()
 
+    async def _seal_at_last(self, sealing: Awaitable[Optional[Seal]]) -> Optional[Seal]:
+        """None if it does not come: logins are served by now, and it is looked for again as long as the agent runs."""
+        try:
+            return await sealing
+        except OutOfTime as error:
+            log.error("seal_unavailable", error=str(error), effect="other nodes are not asked and not answered")
+            return None
+
     def _make_desk(self, settings: Config, seal: Optional[Seal], watch: Watch) -> Desk:
-        jobs = self._jobs = make_backend(settings, self._metrics)
+        jobs = make_backend(settings, self._metrics)
         inquiry = Inquiry(watch.witnesses, jobs, self._job_workers, settings.callerid.hint, self._notes)
         seals = None if seal is None else SealRoom(seal, self._seal_workers)
         asker, responder = None, None
@@ -244,6 +253,8 @@ class Service:
             metrics=self._metrics,
             rates=self._joins,
         )
+        # Last: what cannot be made whole changes nothing.
+        self._jobs = jobs
         return Desk(adoptions, responder, Control(parts), settings.callerid.timeout_ms)
 
     def _textfile(self) -> List[Tuple[str, Callable[[], Awaitable[None]]]]:
@@ -338,6 +349,9 @@ class Service:
             if self._seal is None and self._config is settings:
                 self._desk, self._seal = self._make_desk(settings, seal, watch), seal
                 log.info("seal_found", scheme=seal.scheme)
+            else:
+                # A reload came first.
+                seal.close()
 
     def _close(self) -> None:
         if self._watch is not None:

@@ -7,6 +7,7 @@ remove a name that is another's. Called by the doors, and by adoptctl for who se
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -88,12 +89,20 @@ def bind_unix(path: str, mode: int) -> socket.socket:
 
 
 def bind_tcp(addresses: Sequence[str], port: int) -> List[socket.socket]:
-    """Listening TCP sockets, one per address. Raises OSError; then none is left open."""
+    """Listening TCP sockets, one per address. Raises OSError; then none is left open.
+
+    On a kernel without IPv6 (ipv6.disable=1) there is none for "::" beside others: nobody connects by it.
+    """
     with contextlib.ExitStack() as undo:
         sockets: List[socket.socket] = []
         for address in addresses:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            try:
+                sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            except OSError as error:
+                if error.errno == errno.EAFNOSUPPORT and address == "::" and len(addresses) > 1:
+                    continue
+                raise OSError(error.errno, f"{address} port {port}: {error.strerror}") from None
             sockets.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:

@@ -65,14 +65,17 @@ class _ProbeWitness:
         self._inner, self._reason = None, reason
 
     def owner_of(self, connection: Connection, deadline: Deadline) -> Optional[Owner]:
-        if self._inner is None:
-            raise WitnessUnavailable(self._reason)
-        return self._inner.owner_of(connection, deadline)
+        return self._present().owner_of(connection, deadline)
 
     def look_in(self, connection: Connection, netns: int) -> Optional[Answer]:
-        if self._inner is None:
+        return self._present().look_in(connection, netns)
+
+    def _present(self) -> BpfWitness:
+        # Read once: threads ask while the event loop may do without it.
+        inner = self._inner
+        if inner is None:
             raise WitnessUnavailable(self._reason)
-        return self._inner.look_in(connection, netns)
+        return inner
 
 
 class Watch:
@@ -96,7 +99,7 @@ class Watch:
             {Witness.BPF: "not tried yet", Witness.DIAG: None, Witness.CONNTRACK: None, Witness.PROC: None}
         )
         metrics.watch_probe(self.probe_counters)
-        self._test_others()
+        self._show_others(self._test_others())
 
     @property
     def status(self) -> WatchStatus:
@@ -109,9 +112,10 @@ class Watch:
         return None if self._probe is None else self._probe.schema
 
     def probe_counters(self) -> Mapping[str, int]:
-        """Events counted inside BPF since the probe was loaded, by kind; empty without a probe."""
+        """Events counted inside BPF since the probe was loaded, by kind; empty without a probe. From any thread."""
+        opened = self._probe
         try:
-            return {} if self._probe is None else self._probe.counters()
+            return {} if opened is None else opened.counters()
         except ProbeError:
             return {}
 
@@ -132,7 +136,9 @@ class Watch:
         """Test the witnesses each interval, for ever, and load the probe again if it or its pins have gone."""
         while True:
             await asyncio.sleep(self._config.self_test_interval_s)
-            self._test_others()
+            # In a thread: the kernel may load a module for it, which nothing here can bound.
+            with contextlib.suppress(OutOfTime, Overloaded):
+                self._show_others(await self._workers.run(self._test_others, Deadline.after_ms(SELF_TEST_MS)))
             if self._config.enabled:
                 await self._check()
 
@@ -144,8 +150,10 @@ class Watch:
         self.witnesses.close()
         self._diag.close()
 
-    def _test_others(self) -> None:
-        tested = {Witness.DIAG: self._diag.self_test(), Witness.CONNTRACK: self._conntrack.self_test()}
+    def _test_others(self) -> Mapping[Witness, Optional[str]]:
+        return {Witness.DIAG: self._diag.self_test(), Witness.CONNTRACK: self._conntrack.self_test()}
+
+    def _show_others(self, tested: Mapping[Witness, Optional[str]]) -> None:
         self._status = replace(self._status, witnesses={**self._status.witnesses, **tested})
         self._publish()
 

@@ -25,7 +25,7 @@ class OutOfTime(AdoptdError):
 
 
 class Overloaded(AdoptdError):
-    """So many calls are under way or waiting that one more would only wait past its deadline."""
+    """So many calls are under way or waiting that one more would only wait past its deadline, or none is taken."""
 
 
 class Workers:
@@ -83,7 +83,10 @@ class Workers:
         with self._lock:
             if self._pending >= self._backlog:
                 raise Overloaded(f"{self._name}: {self._pending} calls are under way, at most {self._backlog}")
-            made = self._executor.submit(call)
+            try:
+                made = self._executor.submit(call)
+            except RuntimeError as error:  # closed, or no thread can be had
+                raise Overloaded(f"{self._name}: {error}") from None
             self._pending += 1
             return made
 

@@ -234,7 +234,7 @@ def test_the_real_activator_of_systemd(place: Path) -> None:
         (place / "pam").chmod(0o600)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(place / "pam"))
-            assert started.wait(30) == 0, started.stderr.read()
+            assert started.wait(60) == 0, started.stderr.read()
     finally:
         started.kill()
         started.wait()

@@ -15,7 +15,15 @@ from fakes import ALICE, BOB, HERE, FakeBackend, FakeSeal, FakeWitness, connecti
 from logs import LogLines, log_lines
 
 from adoptd import server
-from adoptd.callerid import SETTLED_AT_ONCE, SETTLED_AT_ONCE_OF_ONE, Inquiry, Refused, Responder, SealRoom
+from adoptd.callerid import (
+    SETTLED_AT_ONCE,
+    SETTLED_AT_ONCE_OF_ONE,
+    USERS_WAITING,
+    Inquiry,
+    Refused,
+    Responder,
+    SealRoom,
+)
 from adoptd.connections import Witnesses
 from adoptd.deadline import Deadline
 from adoptd.jobs import CgroupFinding, CgroupVerdict
@@ -24,8 +32,9 @@ from adoptd.model import Owner, Witness
 from adoptd.seal.replay import ReplayCache
 from adoptd.server import Conversation, Doorkeeper
 from adoptd.sockets import bind_tcp
-from adoptd.wire.callerid import Outcome, Question, encode_question
+from adoptd.wire.callerid import Outcome, Question, Reason, encode_question
 from adoptd.workers import OutOfTime, Turns, Workers
+from lab.waiting import DEADLINE_S
 
 __all__ = ["log_lines"]
 
@@ -67,18 +76,48 @@ def test_questions_that_cost_a_walk_delay_only_who_asks_them(gate: threading.Eve
     async def main() -> None:
         with source_node(gate) as responder:
             flood = [
-                asyncio.create_task(responder.answer(question(n, sealer, uid), HERE, soon(5000)))
+                asyncio.create_task(responder.answer(question(n, sealer, uid), HERE, soon()))
                 for n in range(4 * SETTLED_AT_ONCE)
             ]
             await asyncio.sleep(0)
             started = time.monotonic()
-            _, settled = await responder.answer(question(9999, 0, ALICE, known=True), HERE, soon(3000))
+            _, settled = await responder.answer(question(9999, 0, ALICE, known=True), HERE, soon())
             assert settled.outcome is Outcome.JOB
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < DEADLINE_S / 2
             gate.set()
             await asyncio.gather(*flood, return_exceptions=True)
 
     asyncio.run(main())
+
+
+def test_few_of_users_questions_wait_and_all_of_root_s(gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that waits holds one of the places that its address has, and so the agent there."""
+    monkeypatch.setattr("adoptd.callerid.answering.USERS_WAITING", 8)
+    few = 8 + SETTLED_AT_ONCE_OF_ONE
+
+    async def main() -> None:
+        with source_node(gate) as responder:
+            flood = [asyncio.create_task(responder.answer(question(n, BOB, BOB), HERE, soon())) for n in range(3 * few)]
+            await until(lambda: sum(each.done() for each in flood) >= 2 * few)
+            refused = [each.exception() for each in flood if each.done()]
+            assert {each.reason for each in refused if isinstance(each, Refused)} == {Refusal.TOO_MANY}
+            root_s = [
+                asyncio.create_task(responder.answer(question(100 + n, 0, BOB), HERE, soon())) for n in range(3 * few)
+            ]
+            gate.set()
+            assert {settled.reason for _, settled in await asyncio.gather(*root_s)} == {Reason.NOT_FOUND}
+            ended = await asyncio.gather(*flood, return_exceptions=True)
+            assert sum(not isinstance(each, BaseException) for each in ended) >= 8, "those that waited are answered"
+            # None that waited is counted any more.
+            await responder.answer(question(200, BOB, BOB), HERE, soon())
+            assert responder._users_waiting == 0
+
+    asyncio.run(main())
+
+
+def test_users_questions_leave_half_of_an_address_s_places() -> None:
+    """With those that are being settled; the rest are its agent's."""
+    assert USERS_WAITING + SETTLED_AT_ONCE_OF_ONE <= server.PEER_MAX_PER_ADDRESS // 2
 
 
 def test_the_room_for_nonces_is_not_the_users_to_fill(gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,11 +153,11 @@ def test_a_turn_is_not_waited_for_past_the_deadline_and_is_given_back() -> None:
             with pytest.raises(OutOfTime):
                 async with turns.taken(BOB, Deadline.after_ms(20)):
                     raise AssertionError("one too many")
-            async with turns.taken(ALICE, Deadline.after_ms(1000)):
+            async with turns.taken(ALICE, soon()):
                 pass
         for _ in range(3 * SETTLED_AT_ONCE):
             with pytest.raises(ZeroDivisionError):
-                async with turns.taken(BOB, Deadline.after_ms(1000)):
+                async with turns.taken(BOB, soon()):
                     raise ZeroDivisionError
         assert not turns._held
         assert not turns._waiting
@@ -143,7 +182,7 @@ def test_nonsense_by_the_thousand_is_counted_and_not_all_said(
         async def nonsense(times: int) -> None:
             before = refused()
             for _ in range(times):
-                with socket.create_connection(address, timeout=5):
+                with socket.create_connection(address, timeout=60):
                     pass
                 await asyncio.sleep(0)
             await until(lambda: refused() == before + times)
@@ -157,7 +196,7 @@ def test_nonsense_by_the_thousand_is_counted_and_not_all_said(
         try:
             await nonsense(10 * server.REFUSALS_LOGGED)
             assert len(said()) == server.REFUSALS_LOGGED
-            monkeypatch.setattr(server, "REFUSALS_LOGGED_S", 0.0)
+            monkeypatch.setattr(door._said, "_seconds", 0.0)
             await nonsense(1)
             assert said()[-1].endswith(f"unsaid={9 * server.REFUSALS_LOGGED}")
         finally:
@@ -183,7 +222,7 @@ def test_the_loopback_s_addresses_have_one_share_together() -> None:
         clients = []
         try:
             for number in range(1, 9):
-                clients.append(socket.create_connection(address, timeout=5, source_address=(f"127.0.{number}.1", 0)))
+                clients.append(socket.create_connection(address, timeout=60, source_address=(f"127.0.{number}.1", 0)))
             await until(lambda: sample(metrics, "adoptd_messages_refused_total", socket="peer", reason="too_many") == 5)
             assert set(peers) <= {"127.0.0.1"}
         finally:

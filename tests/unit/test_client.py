@@ -54,14 +54,14 @@ def test_a_socket_that_is_not_root_s_is_no_agent(public_path: Path) -> None:
     public_path.chmod(0o777)
     path = public_path / "s"
     code = "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(1); print('up', flush=True)\n"
-    code += "c = s.accept()[0]; c.settimeout(10); print(len(c.recv(100)))"
+    code += "c = s.accept()[0]; c.settimeout(60); print(len(c.recv(100)))"
     liar = subprocess.Popen(nobody_command(code, str(path)), env=environment(), stdout=subprocess.PIPE, text=True)
     try:
         assert liar.stdout is not None
         assert liar.stdout.readline() == "up\n"
         with pytest.raises(AgentError, match=f"{path} is served by uid {NOBODY}, expected root: this is not the agent"):
             ask_agent(str(path), STATUS)
-        assert liar.communicate(timeout=10)[0] == "0\n"
+        assert liar.communicate(timeout=60)[0] == "0\n"
     finally:
         liar.kill()
         liar.wait()
@@ -104,7 +104,7 @@ def test_an_agent_that_hangs(tmp_path: Path, impatient: None, drip: bool) -> Non
     stop = threading.Event()
 
     def script(command: Command) -> Reply:
-        stop.wait(5.0)
+        stop.wait(60.0)
         return None
 
     def dripping() -> None:
@@ -125,13 +125,13 @@ def test_an_agent_that_hangs(tmp_path: Path, impatient: None, drip: bool) -> Non
         ready = threading.Event()
         thread = threading.Thread(target=dripping)
         thread.start()
-        ready.wait(5.0)
+        ready.wait(60.0)
         try:
             with pytest.raises(AgentError, match="timed out"):
                 ask_agent(str(tmp_path / "s"), STATUS)
         finally:
             stop.set()
-            thread.join(5.0)
+            thread.join(60.0)
     else:
         with scripted_agent(tmp_path / "s", script):
             try:
@@ -139,7 +139,7 @@ def test_an_agent_that_hangs(tmp_path: Path, impatient: None, drip: bool) -> Non
                     ask_agent(str(tmp_path / "s"), STATUS)
             finally:
                 stop.set()
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 30.0
 
 
 def test_a_command_too_long_to_send(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import threading
 import time
-from typing import Callable, List, Optional, Sequence, Union
+from typing import List, Optional, Sequence, Union
 
 import pytest
+from fakes import longer, until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from adoptd.deadline import Deadline
 from adoptd.model import Ambiguous, Connection, Endpoint, Owner, Witness, WitnessUnavailable
 
 CONNECTION = Connection(Endpoint.parse("192.0.2.1:1"), Endpoint.parse("192.0.2.2:2"))
-BUDGET_MS = 5000
+BUDGET_MS = 30_000
 Answer = Union[Owner, Exception, None]
 
 BPF_OWNER = Owner(Witness.BPF, 1001, pid=10, cgroup_id=100)
@@ -58,7 +59,7 @@ class StalledWitness:
 
     def owner_of(self, connection: Connection, deadline: Deadline) -> Optional[Owner]:
         self.started += 1
-        assert self.released.wait(20), "the test did not release it"
+        assert self.released.wait(120), "the test did not release it"
         self.finished += 1
         return PROC_OWNER
 
@@ -88,13 +89,6 @@ async def _hear(witnesses: Witnesses, budget_ms: float, slow: bool) -> connectio
     deadline = Deadline.after_ms(budget_ms)
     testimony = await witnesses.testimony(CONNECTION, deadline)
     return await witnesses.slow_testimony(testimony, deadline) if slow else testimony
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "not within 10 s"
-        await asyncio.sleep(0.005)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4))
@@ -221,14 +215,19 @@ def test_a_stalled_witness_does_not_hold_its_asker() -> None:
                 await asyncio.sleep(0)
 
         ticking = asyncio.ensure_future(tick())
-        heard = await witnesses.testimony(CONNECTION, Deadline.after_ms(100))
+        # One that no thread has begun by then is not asked at all.
+        for ms in longer(100):
+            heard = await witnesses.testimony(CONNECTION, Deadline.after_ms(ms))
+            if stalled.started:
+                break
         ticking.cancel()
         assert heard.unavailable == (Remark(Witness.PROC, "no answer in time"),)
         assert ticks > 1
         assert stalled.finished == 0
-        stalled.released.set()
         witnesses.close()
-        assert stalled.finished == 1
+        assert witnesses.pending == 1
+        stalled.released.set()
+        await until(lambda: stalled.finished == 1 and not witnesses.pending)
 
     asyncio.run(scenario())
 
@@ -256,7 +255,7 @@ def test_a_cancelled_asker_leaves_its_place_taken_until_the_thread_is_done() -> 
         async def answered() -> bool:
             return (await ask()).owners == (PROC_OWNER,)
 
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while not await answered():
             assert time.monotonic() < end, "the place was never given back"
         witnesses.close()
@@ -284,6 +283,7 @@ def test_a_cancelled_question_that_waits_for_a_thread_is_never_asked() -> None:
         stalled.released.set()
         assert (await first).owners == (await third).owners == (PROC_OWNER,)
         witnesses.close()
+        await until(lambda: not witnesses.pending)
         assert stalled.started == stalled.finished == 2
 
     asyncio.run(scenario())

@@ -89,8 +89,8 @@ def test_a_message_cut_short_is_refused(length: int) -> None:
         (with_attributes(struct.pack("=HH", 3, 21)), "length 3"),
         (with_attributes(struct.pack("=HH", 0, 0)), "length 0"),
         (with_attributes(struct.pack("=HH", 13, 21) + b"\0" * 8), "length 13"),
-        (with_attributes(struct.pack("=HHI", 8, 21, 1)), "repeated or has length 8"),
-        (with_attributes(struct.pack("=HHQ", 12, 21, 1) * 2), "repeated"),
+        (with_attributes(struct.pack("=HHI", 8, 21, 1)), "cgroup id has 4 bytes, expected 8"),
+        (with_attributes(struct.pack("=HHQ", 12, 21, 1) * 2), "attribute 21 is there twice"),
     ],
 )
 def test_garbled_messages_are_refused(data: bytes, why: str) -> None:

@@ -52,13 +52,15 @@ class FakeControl:
 
     def __init__(self) -> None:
         self.error: Optional[AdoptdError] = None
+        self.padding = ""
         self.callers: List[int] = []
 
     async def execute(self, command: Command, asking: Asking) -> Result:
         self.callers.append(asking.uid)
         if self.error is not None:
             raise self.error
-        return {"name": command.name, **command.arguments}
+        padding = {"padding": self.padding} if self.padding else {}
+        return {"name": command.name, **command.arguments, **padding}
 
 
 class Agent:
@@ -363,6 +365,21 @@ def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
             here.control.error = AdoptdError("no such thing")
             reply = await here.send("user", framed(control_wire.encode_command(Command("status", {}))))
             assert control_wire.decode_reply(reply[4:]) == "no such thing"
+            assert here.refused("user", Refusal.INTERNAL) == 0
+
+    run(story)
+
+
+def test_an_answer_that_is_too_long_is_said_to_be(tmp_path: Path) -> None:
+    """A node full of sessions: a sentence, and not a connection that ends without a word."""
+
+    async def story() -> None:
+        async with agent(tmp_path) as here:
+            here.control.padding = "x" * frame.CONTROL_MAX_BYTES
+            reply = await here.send("user", framed(control_wire.encode_command(Command("status", {}))))
+            said = control_wire.decode_reply(reply[4:])
+            assert isinstance(said, str)
+            assert said.endswith(f"bytes, and no more than {frame.CONTROL_MAX_BYTES} can be sent")
             assert here.refused("user", Refusal.INTERNAL) == 0
 
     run(story)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import signal
 import time
 from typing import Iterator, List, Optional
 
 import pytest
-from fakes import FakeBackend
+from fakes import FakeBackend, until
 
 from adoptd.model import Ambiguous, Job, JobManagerError, Owner, ProbeError, Witness
 from adoptd.notes import NOTES_MAX, NOTES_OF_USER_MAX, NOTES_S, Notes, NoteTaker, look
@@ -213,3 +215,56 @@ def test_a_job_manager_that_fails_costs_those_notes_alone(
     assert found is not None
     assert found.job == JOB
     assert len(notes) == 1
+
+
+def test_a_process_that_cannot_be_seen_costs_its_own_note_alone(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of a descriptor, say: the agent goes on taking notes."""
+    connects, notes, backend = FakeConnects(), Notes(), FakeBackend(JOB)
+    now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    backend.of_process = {child: JOB}
+    workers = Workers("notes", 1, 1)
+    opened = os.open
+
+    def open_or_fail(path: str, flags: int, *more: int) -> int:
+        if path == f"/proc/{os.getpid()}/stat":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(path, flags, *more)
+
+    async def run() -> None:
+        taker = NoteTaker(notes, lambda: backend, lambda: connects, (22,), workers)  # type: ignore[arg-type, return-value]
+        monkeypatch.setattr(taker, "_opened_or_none", lambda: connects)
+        monkeypatch.setattr(os, "open", open_or_fail)
+        task = asyncio.create_task(taker.run())
+        connects.ring.tell(*(CONNECTED.pack(3, pid, now_ns) for pid in (os.getpid(), child)))
+        await until(lambda: len(notes) or task.done())
+        assert not task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    with contextlib.closing(workers), contextlib.closing(connects.ring):
+        asyncio.run(run())
+    assert notes.of(owner(child, now_ns)) is not None
+    assert len(notes) == 1
+
+
+def test_taking_notes_ends_though_there_is_news_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """wait_for() before Python 3.12 forgets the cancellation then, and the agent would not end."""
+    connects, workers = FakeConnects(), Workers("notes", 1, 1)
+
+    async def run() -> None:
+        taker = NoteTaker(Notes(), lambda: None, lambda: connects, (22,), workers)  # type: ignore[arg-type, return-value]
+        monkeypatch.setattr(taker, "_opened_or_none", lambda: connects)
+        task = asyncio.create_task(taker.run())
+        await until(lambda: taker.looked)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        taker._news.set()
+        task.cancel()
+        _, late = await asyncio.wait({task}, timeout=5.0)
+        if late:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        assert not late
+
+    with contextlib.closing(workers), contextlib.closing(connects.ring):
+        asyncio.run(run())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 from logs import LogLines, log_lines
 
+from adoptd import notify as notify_module
 from adoptd.notify import notify, watchdog_interval_s
 
 __all__ = ["log_lines"]
@@ -40,7 +43,7 @@ def test_one_datagram_with_all_assignments(monkeypatch: pytest.MonkeyPatch, tmp_
     name = f"@adoptd-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind("\0" + name[1:] if abstract else name)
-        manager.settimeout(5.0)
+        manager.settimeout(60.0)
         monkeypatch.setenv("NOTIFY_SOCKET", name)
         notify("READY=1", "STATUS=serving")
         assert manager.recv(1024) == b"READY=1\nSTATUS=serving"
@@ -68,3 +71,26 @@ def test_the_watchdog_s_interval(
         else:
             monkeypatch.setenv(name, value)
     assert watchdog_interval_s() == interval_s
+
+
+def test_a_manager_that_does_not_read_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log_lines: LogLines
+) -> None:
+    """Its queue is full: the event loop goes on, and with it every login."""
+    name = str(tmp_path / "notify")
+    monkeypatch.setattr(notify_module, "_SEND_S", 0.01, raising=False)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(name)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filling:
+            filling.setblocking(False)
+            filling.connect(name)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    filling.send(b"x")
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        told = threading.Thread(target=notify, args=("WATCHDOG=1",), daemon=True)
+        told.start()
+        told.join(10.0)
+        assert not told.is_alive()
+    (line,) = log_lines()
+    assert line.startswith(f"<4>notify_failed socket={name} error=")

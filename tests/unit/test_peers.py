@@ -61,7 +61,7 @@ def test_it_is_counted_while_it_changes() -> None:
 
     writer = threading.Thread(target=write)
     writer.start()
-    begun.wait(10)
+    begun.wait(60)
     counts = [peers.count_silent()]
     while not done.is_set():
         counts.append(peers.count_silent())

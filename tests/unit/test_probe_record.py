@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import ipaddress
+import os
 import shutil
 import struct
 import subprocess
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import pytest
 
 from adoptd.model import Connection, Endpoint, ProbeError
-from adoptd.probe import record
+from adoptd.probe import pins, record, store, syscalls
 from adoptd.probe.btf import Btf
 from adoptd.probe.sources import find_sources, is_schema, schema_of
 
@@ -243,3 +245,26 @@ def test_an_offset_through_an_unnamed_struct() -> None:
         btf.offset_of(("outer", "absent"))
     with pytest.raises(ProbeError, match=r"nobody\.inner"):
         btf.offset_of(("nobody", "inner"))
+
+
+@pytest.mark.parametrize(
+    ("machine", "pointer_bytes", "number"),
+    [("x86_64", 8, 321), ("aarch64", 8, 280), ("x86_64", 4, None), ("aarch64", 4, None), ("armv7l", 4, None)],
+)
+def test_the_system_call_is_this_interpreter_s_own(machine: str, pointer_bytes: int, number: Optional[int]) -> None:
+    """A 32-bit one on a 64-bit kernel has another table, where our number is another call."""
+    assert syscalls.number_on(machine, pointer_bytes) == number
+
+
+def test_pins_that_cannot_be_listed_are_an_error_of_the_probe_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As all others are: whoever keeps watch over the probe goes on, and tries again."""
+
+    def list_nothing(directory: int) -> List[str]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(store, "open_trusted", lambda name, shown: os.open(name, os.O_RDONLY))
+    monkeypatch.setattr(os, "listdir", list_nothing)
+    with pytest.raises(ProbeError, match="Too many open files"):
+        pins.open_schema(tmp_path, "0" * 32)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import struct
-from typing import Iterator
+from typing import Callable, Iterator, Mapping, Union
 
 import pytest
 
 from adoptd.model import ProbeError
-from adoptd.probe import record
+from adoptd.probe import record, syscalls
+from adoptd.probe.connects import OpenConnects
+from adoptd.probe.pins import OpenProbe
 from adoptd.probe.ring import Ring
+from adoptd.probe.watching import OpenWatch
 
 DATA = mmap.PAGESIZE
 BUSY, DISCARDED = 1 << 31, 1 << 30
@@ -111,6 +115,34 @@ def test_what_is_no_ring_buffer_is_refused_and_not_leaked() -> None:
     finally:
         os.close(read)
         os.close(write)
+
+
+@pytest.mark.parametrize("kind", ["ring", "connects", "watch", "probe"])
+def test_what_nobody_closes_is_closed(kernel: Kernel, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """What is opened too late for who asked for it goes with the last reference. A second close() does nothing."""
+    monkeypatch.setattr(syscalls, "map_info", lambda fd: syscalls.MapInfo(0, 1, 0, 0, 0, ""))
+
+    def fd() -> int:
+        return os.dup(kernel.fd)
+
+    made: Mapping[str, Callable[[], Union[Ring, OpenConnects, OpenWatch, OpenProbe]]] = {
+        "ring": lambda: Ring(fd(), DATA),
+        "connects": lambda: OpenConnects(fd(), Ring(fd(), DATA)),
+        "watch": lambda: OpenWatch("0" * 32, fd(), Ring(fd(), DATA)),
+        "probe": lambda: OpenProbe("0" * 32, fd(), fd()),
+    }
+    before = len(os.listdir("/proc/self/fd"))
+    dropped = [made[kind]()]
+    assert len(os.listdir("/proc/self/fd")) > before
+    dropped.clear()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+    closed = made[kind]()
+    closed.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    taken = fd()
+    closed.close()
+    os.close(taken)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Optional, Tuple
 
 import pytest
 
-from adoptd.model import PID_MAX, AdoptionFailed, OutOfDescriptors
-from adoptd.process import open_peer, open_process, started_ns, was_started_before
+from adoptd.model import PID_MAX, AdoptionFailed, JobManagerError, OutOfDescriptors
+from adoptd.process import (
+    open_peer,
+    open_process,
+    parent_of,
+    started_ns,
+    stat_of,
+    uids_in,
+    was_started_before,
+)
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
@@ -170,3 +178,28 @@ def test_no_descriptor_left_is_not_taken_for_an_exit() -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         open_peer(ours, os.getpid()).close()
+
+
+def test_a_process_that_cannot_be_seen_is_not_taken_for_gone(tmp_path: Path) -> None:
+    """Without a descriptor to read its stat with: an error of the family, since "gone" would be an answer."""
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "stat").mkdir()
+    for asked in (stat_of, started_ns, parent_of, lambda pid, root: was_started_before(pid, 2**62, root)):
+        with pytest.raises(JobManagerError, match="7/stat: Is a directory"):
+            asked(7, str(tmp_path))
+        assert asked(8, str(tmp_path)) in (None, False)
+
+
+@pytest.mark.parametrize(
+    ("status", "uids"),
+    [
+        (b"Name:\tx\nUid:\t0\t1\t2\t3\nGid:\t9\t9\t9\t9\n", (0, 1, 2, 3)),
+        (b"Name:\tUid:\\t5\nUid:\t4294967294\t0\t0\t0\n", (4294967294, 0, 0, 0)),
+        (b"Name:\tx\rUid:\t5\t5\t5\t5\nGid:\t9\t9\t9\t9\n", None),
+        (b"Name:\tx\nUid:\t0\t1\t2\n", None),
+        (b"", None),
+    ],
+)
+def test_the_uids_are_those_of_the_kernel_s_own_line(status: bytes, uids: Optional[Tuple[int, ...]]) -> None:
+    """A name cannot make a line: its newlines are escaped, and a carriage return ends none."""
+    assert uids_in(status) == uids

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import gc
 import os
 import socket
 import stat
 import struct
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
-from typing import Awaitable, Callable, Dict, List, Optional
+from types import SimpleNamespace
+from typing import Awaitable, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from fakes import sample, until
+from logs import LogLines, log_lines
 from nobody import NOBODY, environment, nobody_command, public_path
 
+from adoptd.activation import Passed
 from adoptd.callerid import Refused
+from adoptd.config import AgentConfig, CalleridConfig, Config, MetricsConfig
+from adoptd.doors import Doors
 from adoptd.metrics import Door, Metrics, Refusal
 from adoptd.model import AdoptdError
-from adoptd.server import Conversation, Doorkeeper, Handler
-from adoptd.sockets import Caller, SocketName, bind_tcp, bind_unix
+from adoptd.server import (
+    USER_KEPT_FOR_ROOT,
+    USER_MAX,
+    USER_MAX_PER_UID,
+    Conversation,
+    Doorkeeper,
+    Handler,
+)
+from adoptd.sockets import BACKLOG, Caller, SocketName, bind_tcp, bind_unix
 
-__all__ = ["public_path"]
+__all__ = ["log_lines", "public_path"]
 
 FRAME_MAX = 4096
 
@@ -43,18 +58,22 @@ class House:
         self,
         handler: Handler = echo,
         path: Optional[Path] = None,
-        read_s: float = 5.0,
+        read_s: float = 60.0,
         bound: int = 100,
         bound_per_caller: Optional[int] = None,
+        kept_for_root: int = 0,
     ) -> None:
         self.metrics = Metrics()
         self.door = Door.PEER if path is None else Door.USER
         self.path = path
         if path is not None:
-            self.sockets = [bind_unix(str(path), 0o600)]
+            self.sockets = [bind_unix(str(path), 0o666)]
         else:
             self.sockets = [*bind_tcp(["127.0.0.1"], 0), *bind_tcp(["::1"], 0)]
-        self.keeper = Doorkeeper(self.door, self.sockets, handler, self.metrics, read_s, bound, bound_per_caller)
+        bounds = (bound, bound_per_caller)
+        self.keeper = Doorkeeper(
+            self.door, self.sockets, handler, self.metrics, read_s, *bounds, kept_for_root=kept_for_root
+        )
         self.address = self.sockets[0].getsockname()
         self.keeper.open()
 
@@ -97,7 +116,7 @@ async def everything(client: socket.socket) -> bytes:
     data = b""
     while True:
         try:
-            chunk = await asyncio.wait_for(loop.sock_recv(client, 65536), 5.0)
+            chunk = await asyncio.wait_for(loop.sock_recv(client, 65536), 60.0)
         except ConnectionResetError:
             return data
         if not chunk:
@@ -130,12 +149,12 @@ def test_silence_ends_at_the_read_deadline(place: Optional[Path]) -> None:
     """A caller who says nothing is dropped, counted as slow, and others are served meanwhile."""
 
     async def story() -> None:
-        async with House(path=place, read_s=0.3) as house:
+        async with House(path=place, read_s=1.0) as house:
             with house.connect() as silent:
                 started = time.monotonic()
                 assert await house.ask() == b"hello"
                 assert await everything(silent) == b""
-                assert 0.25 < time.monotonic() - started < 3.0
+                assert 0.95 < time.monotonic() - started < 30.0
             assert house.refused(Refusal.SLOW) == 1
             assert await house.ask() == b"hello"
 
@@ -146,13 +165,13 @@ def test_one_byte_at_a_time_does_not_prolong_the_deadline(place: Optional[Path])
     """The deadline is for the whole message, not for the next byte."""
 
     async def story() -> None:
-        async with House(path=place, read_s=0.2) as house:
+        async with House(path=place, read_s=0.5) as house:
             loop = asyncio.get_running_loop()
             with house.connect() as slow:
                 started = time.monotonic()
                 await loop.sock_sendall(slow, struct.pack("!I", 1000))
                 dropped = False
-                while not dropped and time.monotonic() - started < 5.0:
+                while not dropped and time.monotonic() - started < 15.0:
                     try:
                         await loop.sock_sendall(slow, b"x")
                         await asyncio.wait_for(loop.sock_recv(slow, 1), 0.02)
@@ -161,8 +180,7 @@ def test_one_byte_at_a_time_does_not_prolong_the_deadline(place: Optional[Path])
                         continue
                     except OSError:
                         dropped = True
-                assert dropped
-                assert time.monotonic() - started < 2.0
+                assert dropped, "its message of 1000 bytes would have taken 20 s"
             assert house.refused(Refusal.SLOW) == 1
             assert await house.ask() == b"hello"
 
@@ -336,22 +354,121 @@ def test_one_caller_s_bound_costs_no_other_caller(tmp_path: Path) -> None:
     in_a_loop(story)
 
 
+@contextlib.contextmanager
+def callers(path: Path, uid: int, count: int, sent: bytes = b"") -> Iterator[None]:
+    """``count`` connections of ``uid``'s that have sent ``sent`` and stay."""
+    code = """
+import os, socket, sys
+os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
+made = [socket.socket(socket.AF_UNIX) for _ in range(int(sys.argv[3]))]
+for each in made:
+    each.connect(sys.argv[1])
+    each.send(bytes.fromhex(sys.argv[4]))
+print(flush=True)
+sys.stdin.read()
+"""
+    argv = [sys.executable, "-ISc", code, str(path), str(uid), str(count), sent.hex()]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as made:
+        try:
+            assert made.stdout is not None
+            assert made.stdout.readline() == b"\n"
+            yield
+        finally:
+            made.kill()
+
+
+def test_others_do_not_get_the_places_that_are_kept_for_root(public_path: Path) -> None:
+    """As many uids as a user has subordinate ones, with requests that take long, shut the door even to root."""
+
+    async def story() -> None:
+        free = asyncio.Event()
+
+        async def long(conversation: Conversation) -> None:
+            body = await conversation.read_frame(FRAME_MAX)
+            conversation.heard()
+            if conversation.peer != "uid 0":
+                await free.wait()
+            await conversation.send(struct.pack("!I", len(body)) + body)
+
+        async with House(long, public_path / "door", bound=6, kept_for_root=2) as house:
+            with callers(public_path / "door", 1001, 4, b"\0\0\0\1x"):
+                await until(lambda: house.in_flight == 4)
+                assert house.refused(Refusal.TOO_MANY) == 0, "all the places that are not root's are others'"
+                with callers(public_path / "door", 1002, 3):
+                    await until(lambda: house.refused(Refusal.TOO_MANY) == 3)
+                    mine = [house.connect() for _ in range(2)]
+                    await until(lambda: house.in_flight == 6)
+                    for each in mine:
+                        await asyncio.get_running_loop().sock_sendall(each, b"\0\0\0\1y")
+                        assert await everything(each) == b"\0\0\0\1y"
+                        each.close()
+                free.set()
+        assert house.refused(Refusal.TOO_MANY) == 3
+
+    in_a_loop(story)
+
+
+def test_silence_of_others_costs_root_no_place_and_root_s_others_none_of_theirs(public_path: Path) -> None:
+    """Root's own is the oldest and stays; where root has more than is kept for it, the door's bound is for all."""
+
+    async def story() -> None:
+        async with House(path=public_path / "door", bound=6, kept_for_root=2) as house:
+            oldest = house.connect()
+            await until(lambda: house.in_flight == 1)
+            with callers(public_path / "door", 1001, 9):
+                await until(lambda: house.refused(Refusal.TOO_MANY) == 5 and house.in_flight == 5)
+                await asyncio.get_running_loop().sock_sendall(oldest, b"\0\0\0\1x")
+                assert await everything(oldest) == b"\0\0\0\1x"
+            await until(lambda: house.in_flight == 0)
+            mine = [house.connect() for _ in range(10)]
+            await until(lambda: house.refused(Refusal.TOO_MANY) == 9 and house.in_flight == 6)
+            with callers(public_path / "door", 1001, 3):
+                await until(lambda: house.refused(Refusal.TOO_MANY) == 12 and house.in_flight == 6)
+                for dropped in mine[:7]:
+                    assert await everything(dropped) == b""
+            for each in (oldest, *mine):
+                each.close()
+
+    in_a_loop(story)
+
+
+def test_the_users_door_keeps_places_for_root_and_the_others_do_not(tmp_path: Path) -> None:
+    """Who comes to the PAM socket is root, and to the port nobody in particular."""
+
+    async def story() -> None:
+        agent = AgentConfig(pam_socket=str(tmp_path / "pam"), user_socket=str(tmp_path / "user"))
+        callerid = CalleridConfig(listen=("127.0.0.1",), port=0)
+        settings = Config(agent=agent, callerid=callerid, metrics=MetricsConfig(enabled=False))
+        handlers = SimpleNamespace(pam=echo, user=echo, peer=echo)
+        doors = Doors(settings, handlers, Metrics(), Passed({}))  # type: ignore[arg-type]
+        doors.bind()
+        doors.open()
+        try:
+            kept = {each._door: each._bound - each._bound_of_others for each in doors._doors}
+            assert kept == {Door.PAM: 0, Door.USER: USER_KEPT_FOR_ROOT, Door.PEER: 0}
+            assert 0 < USER_MAX_PER_UID <= USER_KEPT_FOR_ROOT < USER_MAX - USER_MAX_PER_UID
+        finally:
+            await doors.close(1.0)
+
+    in_a_loop(story)
+
+
 def test_who_has_been_heard_is_not_dropped(tmp_path: Path) -> None:
     """A request under way is finished however many newcomers there are; then the newcomer has to go."""
 
     async def story() -> None:
-        working = asyncio.Event()
+        working, heard = asyncio.Event(), []
 
         async def patient(conversation: Conversation) -> None:
-            await conversation.read_frame(FRAME_MAX)
+            heard.append(await conversation.read_frame(FRAME_MAX))
             conversation.heard()
             await working.wait()
             await conversation.send(b"1234done")
 
-        async with House(patient, path=tmp_path / "s", bound=2, read_s=0.5) as house:
+        async with House(patient, path=tmp_path / "s", bound=2, read_s=1.0) as house:
             first = [asyncio.create_task(house.ask()) for _ in range(2)]
-            await until(lambda: house.in_flight == 2)
-            await asyncio.sleep(0.6)  # past the read deadline, which no longer concerns them
+            await until(lambda: len(heard) == 2)
+            await asyncio.sleep(1.1)  # past the read deadline, which no longer concerns them
             with house.connect() as newcomer:
                 assert await everything(newcomer) == b""
             assert house.refused(Refusal.TOO_MANY) == 1
@@ -417,13 +534,63 @@ def test_close_does_not_wait_for_ever(place: Optional[Path]) -> None:
             await begun.wait()
             started = time.monotonic()
             await house.keeper.close(0.1)
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < 30.0
             assert await everything(client) == b""
         assert ended == [True]
         assert house.in_flight == 0
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     in_a_loop(story)
+
+
+class Stubborn:
+    """A listening socket with as many callers as anybody likes: ``ends`` of them, or an error in place of the next."""
+
+    def __init__(self, ends: int, error: Optional[OSError] = None) -> None:
+        self.left = ends
+        self.error = error
+        self.closed = False
+
+    def accept(self) -> Tuple[socket.socket, object]:
+        if self.left == 0:
+            raise self.error or BlockingIOError
+        self.left -= 1
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        return ours, ""
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("waiting", "error", "taken"),
+    [(5, None, 5), (5, OSError(errno.EMFILE, "Too many open files"), 5), (100_000, None, BACKLOG + 1)],
+    ids=["who-waits", "no-descriptors", "a-flood"],
+)
+def test_the_end_comes_whatever_waits_at_the_door(
+    log_lines: LogLines, waiting: int, error: Optional[OSError], taken: int
+) -> None:
+    """No more are taken than the kernel lets wait, and an error costs those behind it and nothing else."""
+
+    async def story() -> None:
+        metrics, stubborn = Metrics(), Stubborn(waiting, error)
+        door = Doorkeeper(Door.USER, [stubborn], echo, metrics, 5.0, waiting + 1)  # type: ignore[list-item]
+        loop = asyncio.get_running_loop()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(loop, "remove_reader", lambda fd: False)
+            await door.close(5.0)
+        assert stubborn.closed
+        assert waiting - stubborn.left == taken
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    in_a_loop(story)
+    assert [line for line in log_lines() if "accept_failed" in line] == (
+        [] if error is None else ['<3>accept_failed socket=user error="Too many open files"']
+    )
 
 
 # ---- binding
@@ -501,6 +668,26 @@ def test_tcp_is_all_or_nothing() -> None:
     with pytest.raises(OSError, match="assign requested address"):
         bind_tcp(["127.0.0.1", "203.0.113.77"], 0)
     assert descriptors() == before
+
+
+class _NoIPv6(socket.socket):
+    """A socket of a kernel that was started with ipv6.disable=1."""
+
+    def __init__(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, *more: object) -> None:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        super().__init__(family, kind)
+
+
+def test_a_kernel_without_ipv6_has_the_port_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the port is opened on both families. An address that was meant is not passed over."""
+    monkeypatch.setattr(socket, "socket", _NoIPv6)
+    opened = bind_tcp(["127.0.0.1", "::"], 0)
+    assert [sock.getsockname()[0] for sock in opened] == ["127.0.0.1"]
+    opened[0].close()
+    for meant in (["127.0.0.1", "::1"], ["::"]):
+        with pytest.raises(OSError, match=f"{meant[-1]} port 0: Address family not supported"):
+            bind_tcp(meant, 0)
 
 
 def test_both_families_can_have_one_port() -> None:

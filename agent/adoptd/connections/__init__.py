@@ -12,7 +12,6 @@ when the caller says that what the fast ones know is not enough to tell the job.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import threading
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Callable, Dict, Optional, Protocol, Sequence, Tuple
 from adoptd import log
 from adoptd.deadline import Deadline
 from adoptd.model import Ambiguous, Connection, Owner, Witness, WitnessUnavailable
+from adoptd.workers import OutOfTime, Overloaded, Workers
 
 # A walk through /proc is system calls that hold kernel locks and the interpreter in turns: two at once keep
 # a slow one from delaying everybody, more would only slow each other and the event loop down.
@@ -122,6 +122,9 @@ class _Answer:
     not_asked: bool = False
 
 
+_NO_TIME = _Answer(refusal="no time left to ask", not_asked=True)
+
+
 class Witnesses:
     """All witnesses of this host, in the order of trust. One per agent; what is a coroutine is for one event loop."""
 
@@ -135,8 +138,7 @@ class Witnesses:
     ) -> None:
         self._witnesses = tuple(witnesses)
         self._clock = clock
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="adoptd-witness")
-        self._places = threading.BoundedSemaphore(pending_max)
+        self._workers = Workers("adoptd-witness", threads, pending_max)
         # What the log last said of each witness, and when (seconds on the clock).
         self._reported: Dict[Witness, Tuple[Optional[str], float]] = {}
         self._reporting = threading.Lock()
@@ -171,29 +173,31 @@ class Witnesses:
         answers = {witness.name: answer for witness, answer in zip(slow, found)}
         return _merge(earlier, self._testimony(earlier.connection, answers), [w.name for w in self._witnesses])
 
+    @property
+    def pending(self) -> int:
+        """Questions to the slow ones that are under way or waiting, those that nobody waits for any more included."""
+        return self._workers.pending
+
     def close(self) -> None:
-        """Let the threads finish (each has a deadline) and drop what has not started."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Ask the slow ones no more. Who is being asked is not waited for: each has a deadline."""
+        self._workers.close()
 
     async def _ask_in_thread(self, witness: ConnectionWitness, connection: Connection, deadline: Deadline) -> _Answer:
-        if not self._places.acquire(blocking=False):
+        if deadline.expired:
+            return _NO_TIME
+        begun = False
+
+        def ask() -> _Answer:
+            nonlocal begun
+            begun = True
+            return _ask(witness, connection, Deadline(deadline.at_s - HANDOVER_S))
+
+        try:
+            return await self._workers.run(ask, deadline)
+        except Overloaded:
             return _Answer(refusal="too many questions are waiting for it", not_asked=True)
-        try:
-            job = self._pool.submit(_ask, witness, connection, Deadline(deadline.at_s - HANDOVER_S))
-        except RuntimeError as error:  # the pool is closed
-            self._places.release()
-            return _Answer(refusal=str(error), not_asked=True)
-        # The place is given back when the thread is done with it, not when the asker stops waiting:
-        # otherwise impatient askers would pile up work without bound.
-        job.add_done_callback(lambda _: self._places.release())
-        waiting = asyncio.wrap_future(job)
-        try:
-            await asyncio.wait({waiting}, timeout=deadline.remaining_s())
-            if waiting.done():
-                return waiting.result()
-            return _Answer(refusal="no answer in time", not_asked=not job.running())
-        finally:
-            waiting.cancel()
+        except OutOfTime:
+            return _Answer(refusal="no answer in time", not_asked=not begun)
 
     def _testimony(self, connection: Connection, answers: Dict[Witness, _Answer]) -> Testimony:
         for name, answer in answers.items():
@@ -226,7 +230,7 @@ class Witnesses:
 def _ask(witness: ConnectionWitness, connection: Connection, deadline: Deadline) -> _Answer:
     """Never raises: a fault in one witness must not cost the request the others."""
     if deadline.expired:
-        return _Answer(refusal="no time left to ask", not_asked=True)
+        return _NO_TIME
     try:
         return _Answer(owner=witness.owner_of(connection, deadline))
     except Ambiguous as error:

@@ -15,23 +15,18 @@ from dataclasses import dataclass
 from typing import Optional, Union
 
 from adoptd.connections.candidates import CONNECTED_STATES
+from adoptd.connections.netlink import ERROR, HEADER, NLM_F_REQUEST, NLMSG_ERROR, attributes
 from adoptd.model import UID_MAX, Connection, ProtocolError
 
 _SOCK_DIAG_BY_FAMILY = 20  # include/uapi/linux/sock_diag.h
-_NLMSG_ERROR = 2  # include/uapi/linux/netlink.h, like the next two
-_NLM_F_REQUEST = 1
-_NLA_TYPE_MASK = 0x3FFF
 _INET_DIAG_CGROUP_ID = 21  # include/uapi/linux/inet_diag.h, Linux 5.8; like the next
 _INET_DIAG_NOCOOKIE = 0xFFFFFFFF
 _ANY_STATE = 0xFFFFFFFF
 
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
 _REQUEST = struct.Struct("=BBBxI")  # struct inet_diag_req_v2 up to its id: family, protocol, extensions, states
 _SOCKET_ID = struct.Struct("=2s2s16s16sIII")  # struct inet_diag_sockid: ports and addresses big-endian, if, cookie
 _MESSAGE = struct.Struct("=BBBB")  # struct inet_diag_msg up to its id: family, state, timer, retransmits
 _MESSAGE_TAIL = struct.Struct("=IIIII")  # and after it: expires, receive queue, send queue, uid, inode
-_ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length with header, type
-_ERROR = struct.Struct("=i")  # struct nlmsgerr up to the message it answers
 
 _MESSAGE_BYTES = _MESSAGE.size + _SOCKET_ID.size + _MESSAGE_TAIL.size
 _MAPPED_PREFIX = b"\0" * 10 + b"\xff\xff"  # RFC 4291, 2.5.5.2
@@ -93,19 +88,19 @@ def encode_question(connection: Connection, sequence: int, device: int = 0) -> b
         _INET_DIAG_NOCOOKIE,
     )
     # Without NLM_F_DUMP this is a look-up in the hash, and without NLM_F_ACK there is exactly one reply.
-    return _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, sequence, 0) + body
+    return HEADER.pack(HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence, 0) + body
 
 
 def decode_reply(data: bytes, sequence: int) -> Union[DiagSocket, DiagError]:
     """Read one reply to the question numbered ``sequence``. Raises ProtocolError on anything else."""
-    if len(data) < _HEADER.size:
+    if len(data) < HEADER.size:
         raise ProtocolError(f"sock_diag reply of {len(data)} bytes has no header")
-    length, kind, _, replied, _ = _HEADER.unpack_from(data)
+    length, kind, _, replied, _ = HEADER.unpack_from(data)
     if length != len(data):
         raise ProtocolError(f"sock_diag reply of {len(data)} bytes says that it has {length}")
     if replied != sequence:
         raise ProtocolError(f"sock_diag reply is to question {replied}, expected {sequence}")
-    if kind == _NLMSG_ERROR:
+    if kind == NLMSG_ERROR:
         return _decode_error(data)
     if kind != _SOCK_DIAG_BY_FAMILY:
         raise ProtocolError(f"sock_diag reply is of type {kind}")
@@ -113,16 +108,16 @@ def decode_reply(data: bytes, sequence: int) -> Union[DiagSocket, DiagError]:
 
 
 def _decode_error(data: bytes) -> DiagError:
-    if len(data) < _HEADER.size + _ERROR.size:
+    if len(data) < HEADER.size + ERROR.size:
         raise ProtocolError(f"sock_diag error of {len(data)} bytes has no number")
-    (number,) = _ERROR.unpack_from(data, _HEADER.size)
+    (number,) = ERROR.unpack_from(data, HEADER.size)
     if number >= 0:
         raise ProtocolError(f"sock_diag error has number {number}")
     return DiagError(-number)
 
 
 def _decode_socket(data: bytes) -> DiagSocket:
-    at = _HEADER.size
+    at = HEADER.size
     if len(data) < at + _MESSAGE_BYTES:
         raise ProtocolError(f"sock_diag reply of {len(data)} bytes is shorter than a socket")
     family, state, _, _ = _MESSAGE.unpack_from(data, at)
@@ -155,16 +150,9 @@ def _address(family: int, raw: bytes) -> bytes:
 
 
 def _cgroup_id(data: bytes, at: int) -> Optional[int]:
-    found = None
-    while at < len(data):
-        if len(data) - at < _ATTRIBUTE.size:
-            raise ProtocolError(f"sock_diag attribute at byte {at} is cut short")
-        length, kind = _ATTRIBUTE.unpack_from(data, at)
-        if not _ATTRIBUTE.size <= length <= len(data) - at:
-            raise ProtocolError(f"sock_diag attribute at byte {at} has length {length}")
-        if kind & _NLA_TYPE_MASK == _INET_DIAG_CGROUP_ID:
-            if found is not None or length != _ATTRIBUTE.size + 8:
-                raise ProtocolError(f"sock_diag cgroup id at byte {at} is repeated or has length {length}")
-            found = int.from_bytes(data[at + _ATTRIBUTE.size : at + length], sys.byteorder)
-        at += (length + 3) & ~3
-    return found or None
+    found = attributes(data[at:]).get(_INET_DIAG_CGROUP_ID)
+    if found is None:
+        return None
+    if len(found) != 8:
+        raise ProtocolError(f"sock_diag cgroup id has {len(found)} bytes, expected 8")
+    return int.from_bytes(found, sys.byteorder) or None

@@ -56,8 +56,11 @@ def _find(
                 raise WitnessUnavailable(f"there are more than {NAMESPACES_MAX} network namespaces")
             seen.add(inode)
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # the process is gone, or is one that even root may not look into
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            # The process is gone, or is one that even root may not look into.
             continue
+        except OSError as error:
+            raise WitnessUnavailable(f"{path}: {error.strerror}") from None
         keep = False
         try:
             number = namespace_id(fd, deadline)
@@ -90,8 +93,13 @@ def inside(namespace: int, action: Callable[[], _Result], deadline: Deadline) ->
 
     Sockets that it makes are of that namespace, wherever they are used.
     """
-    errand = _Errand(os.dup(namespace), action)
-    errand.start()
+    entered = os.dup(namespace)
+    errand = _Errand(entered, action)
+    try:
+        errand.start()
+    except RuntimeError as error:  # no thread can be had
+        os.close(entered)
+        raise WitnessUnavailable(f"a network namespace cannot be entered: {error}") from None
     errand.join(deadline.remaining_s())
     return errand.result()
 

@@ -1,8 +1,9 @@
-"""Netlink as conntrack and routes are asked by it: messages, attributes, and one question with a bounded answer.
+"""Netlink: messages, attributes, and one question with a bounded answer.
 
 Owns the framing (include/uapi/linux/netlink.h) and nothing of what is asked. Never waits longer than the deadline,
 never takes a message from anybody but the kernel, and takes bytes that break the framing for an error. Each question
-has a socket of its own, in the network namespace of the calling thread. Called by conntrack and routes.
+has a socket of its own, in the network namespace of the calling thread. Called by conntrack and routes; diag, whose
+socket stays, has the framing from here.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Dict, List, Tuple
 from adoptd.deadline import Deadline
 from adoptd.model import ProtocolError
 
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_NLM_F_REQUEST, _NLM_F_DUMP_INTR = 0x1, 0x10
+NLMSG_ERROR, _NLMSG_DONE = 2, 3
+NLM_F_REQUEST, _NLM_F_DUMP_INTR = 0x1, 0x10
 NLM_F_DUMP = 0x300
 _NLA_F_NESTED, _NLA_TYPE_MASK = 0x8000, 0x3FFF
 
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
+HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length with header, type
-_ERROR = struct.Struct("=i")  # struct nlmsgerr up to the message it answers
+ERROR = struct.Struct("=i")  # struct nlmsgerr up to the message it answers
 _KERNEL = 0  # the port id that only the kernel sends from, netlink(7)
 _SEQUENCE = 1
 
@@ -77,7 +78,7 @@ def ask(protocol: int, kind: int, body: bytes, wanted: int, deadline: Deadline, 
 
     Raises OSError with the kernel's own number, TimeoutError, and ProtocolError.
     """
-    question = _HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST | flags, _SEQUENCE, 0) + body
+    question = HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | flags, _SEQUENCE, 0) + body
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as channel:
         channel.bind((0, 0))
         channel.connect((_KERNEL, 0))
@@ -112,16 +113,16 @@ def decode(data: bytes, wanted: int) -> Tuple[bool, List[bytes]]:
     bodies: List[bytes] = []
     at = 0
     while at < len(data):
-        if len(data) - at < _HEADER.size:
+        if len(data) - at < HEADER.size:
             raise ProtocolError(f"netlink message at byte {at} has no header")
-        length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)
-        if not _HEADER.size <= length <= len(data) - at:
+        length, kind, flags, sequence, _ = HEADER.unpack_from(data, at)
+        if not HEADER.size <= length <= len(data) - at:
             raise ProtocolError(f"netlink message at byte {at} has length {length}")
-        body = data[at + _HEADER.size : at + length]
+        body = data[at + HEADER.size : at + length]
         at += (length + 3) & ~3
         if sequence != _SEQUENCE:
             raise ProtocolError(f"netlink message answers question {sequence}, expected {_SEQUENCE}")
-        if kind in (_NLMSG_ERROR, _NLMSG_DONE):
+        if kind in (NLMSG_ERROR, _NLMSG_DONE):
             _raise_for(kind, body)
             return True, bodies
         if flags & _NLM_F_DUMP_INTR:
@@ -133,11 +134,11 @@ def decode(data: bytes, wanted: int) -> Tuple[bool, List[bytes]]:
 
 
 def _raise_for(kind: int, body: bytes) -> None:
-    if len(body) < _ERROR.size:
-        if kind == _NLMSG_ERROR:
+    if len(body) < ERROR.size:
+        if kind == NLMSG_ERROR:
             raise ProtocolError(f"netlink error of {len(body)} bytes has no number")
         return
-    (value,) = _ERROR.unpack_from(body)
+    (value,) = ERROR.unpack_from(body)
     if value < 0:
         raise OSError(-value, os.strerror(-value))
     if value > 0:

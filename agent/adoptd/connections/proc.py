@@ -16,14 +16,14 @@ import socket
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Protocol, Set
+from typing import Iterator, List, Optional, Protocol, Set
 
 from adoptd.connections.candidates import the_one
 from adoptd.connections.diag_codec import DiagSocket
 from adoptd.connections.proc_net import SocketRow, rows_of
 from adoptd.deadline import Deadline
 from adoptd.model import Ambiguous, Connection, Owner, Witness, WitnessUnavailable
-from adoptd.process import parse_stat
+from adoptd.process import parse_stat, uids_in
 
 # status, stat and cgroup of a process are a page or two; 65,536 groups in status (NGROUPS_MAX) are 700 KB.
 _FILE_BYTES_MAX = 1 << 20
@@ -142,7 +142,7 @@ class ProcWitness:
         try:
             return self._has_open(directory, row.inode, deadline)
         except PermissionError:
-            if row.uid in _uids(_status(directory)):
+            if row.uid in _uids(_read(directory, "status")):
                 raise
             return False
 
@@ -186,7 +186,7 @@ class _OutOfTime(Exception):
 
 def _read_holder(pid: int, directory: int) -> _Holder:
     """Raises Ambiguous if the process acts for two users."""
-    status = _status(directory)
+    status = _read(directory, "status")
     uids = _uids(status)
     if len(uids) != 1:
         # Neither the real nor the effective uid alone will do: whoever runs, or wrote, a set-user-ID program
@@ -199,24 +199,16 @@ def _read_holder(pid: int, directory: int) -> _Holder:
         uid=uids.pop(),
         started_ticks=_started_ticks(_read(directory, "stat")),
         cgroups=_read(directory, "cgroup"),
-        comm=status.get(b"Name", b"").decode("utf-8", errors="replace"),
+        # The first line, "Name:\t" and the name with its newlines escaped.
+        comm=status.partition(b"\n")[0][6:].decode("utf-8", errors="replace"),
     )
 
 
-def _status(directory: int) -> Dict[bytes, bytes]:
-    # Not splitlines(): to it a carriage return ends a line too, and the kernel lets one into a process's name.
-    lines = _read(directory, "status").split(b"\n")
-    return {name: value for name, _, value in (line.partition(b":\t") for line in lines)}
-
-
-def _uids(status: Dict[bytes, bytes]) -> Set[int]:
-    try:
-        uids = {int(word) for word in status[b"Uid"].split()}
-    except (KeyError, ValueError):
-        uids = set()
-    if not uids:
+def _uids(status: bytes) -> Set[int]:
+    uids = uids_in(status)
+    if uids is None:
         raise WitnessUnavailable("a process's status has no line of uids")
-    return uids
+    return set(uids)
 
 
 def _started_ticks(text: bytes) -> int:

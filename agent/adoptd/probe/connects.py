@@ -19,14 +19,22 @@ from adoptd.probe.ring import Ring
 
 
 class OpenConnects:
-    """What the probe tells of connections. For one event loop, and one reader of the ring on this host."""
+    """What the probe tells of connections. For one event loop, and one reader of the ring on this host.
+
+    Closed also when nobody closes it, as the probe is.
+    """
 
     def __init__(self, watched_fd: int, ring: Ring) -> None:
-        """Take over both."""
+        """Take over both. Raises OSError; then they are the caller's."""
+        self._closed = True
         # Not the same for any two that were ever loaded: the kernel counts its maps.
         self.number = syscalls.map_info(watched_fd).id
         self.ring = ring
         self._watched_fd = watched_fd
+        self._closed = False
+
+    def __del__(self) -> None:
+        self.close()
 
     def watch(self, ports: Sequence[int]) -> None:
         """Have connections to these ports told, and to no others. Raises ProbeError."""
@@ -36,9 +44,11 @@ class OpenConnects:
             raise ProbeError(f"the ports to watch cannot be set: {error.strerror}") from None
 
     def close(self) -> None:
-        """Let go of it, which stays as it is."""
-        self.ring.close()
-        os.close(self._watched_fd)
+        """Let go of it, which stays as it is. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.ring.close()
+            os.close(self._watched_fd)
 
 
 def open_connects(pin_dir: Path, source_dir: Optional[Path] = None) -> OpenConnects:
@@ -50,7 +60,8 @@ def open_connects(pin_dir: Path, source_dir: Optional[Path] = None) -> OpenConne
             watched = syscalls.obj_get(f"{directory}/{WATCHED.name}")
             opened.callback(os.close, watched)
             ring = Ring(syscalls.obj_get(f"{directory}/{CONNECTS.name}"), CONNECTED_BUFFER_BYTES)
+            connects = OpenConnects(watched, ring)
         except OSError as error:
             raise ProbeError(f"{directory}: connections cannot be told of: {error.strerror or error}") from None
         opened.pop_all()
-        return OpenConnects(watched, ring)
+        return connects

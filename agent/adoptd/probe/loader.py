@@ -217,7 +217,7 @@ def _pin_watch(module: _Module, into: str) -> Optional[str]:
                 syscalls.obj_pin(_map_fd(module, wanted.name), f"{into}/{wanted.name}")
                 undo.callback(os.unlink, f"{into}/{wanted.name}")
             for program in watching.PROGRAMS:
-                fd = _load(module, program.name.encode(), syscalls.PROG_TYPE_RAW_TRACEPOINT, -1)
+                fd = _load(module, program.name.encode(), program.type, -1)
                 syscalls.obj_pin(fd, f"{into}/{program.name}")
                 undo.callback(os.unlink, f"{into}/{program.name}")
                 link = syscalls.raw_tracepoint_open(fd, program.tracepoint)

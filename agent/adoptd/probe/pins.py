@@ -84,16 +84,24 @@ PROGRAMS: Tuple[ProgramPin, ...] = (QUERY, CONNECT4, CONNECT6)
 
 
 class OpenProbe:
-    """A probe that was checked by :func:`open_probe`. May be used from several threads."""
+    """A probe that was checked by :func:`open_probe`. May be used from several threads.
+
+    Closed also when nobody closes it: a call that outlived its deadline leaves its result to nobody.
+    """
 
     def __init__(self, schema: str, query_fd: int, counters_fd: int) -> None:
+        """Take over both descriptors. Raises ProbeError; then they are the caller's."""
+        self._lock = threading.Lock()
+        self._closed = True
         self.schema = schema
         self._query_fd = query_fd
         self._counters_fd = counters_fd
         self._run = syscalls.TestRun(query_fd, PACKET_BYTES)
-        self._lock = threading.Lock()
         self._value_bytes = _COUNTER_BYTES * _possible_cpus()
         self._closed = False
+
+    def __del__(self) -> None:
+        self.close()
 
     def ask(self, connection: Connection, device: int = 0, netns: int = NETNS_OWN) -> Answer:
         """What the probe knows of ``connection`` in the network namespace of the calling thread.
@@ -158,18 +166,15 @@ def open_probe(pin_dir: Path, source_dir: Optional[Path] = None) -> OpenProbe:
 
 def open_schema(pin_dir: Path, schema: str) -> OpenProbe:
     """The probe of ``schema`` pinned under ``pin_dir``; otherwise as :func:`open_probe`."""
-    directory = store.open_trusted(str(pin_dir), str(pin_dir))
-    try:
+    with contextlib.ExitStack() as opened:
+        directory = store.open_trusted(str(pin_dir), str(pin_dir))
+        opened.callback(os.close, directory)
         others = store.schemas(directory)
         if others and schema not in others:
             raise ProbeError(f"{pin_dir}: has a probe of schema {', '.join(others)}, expected {schema}: load it again")
         pinned = store.open_trusted(schema, f"{pin_dir}/{schema}", directory)
-    finally:
-        os.close(directory)
-    try:
+        opened.callback(os.close, pinned)
         return open_pinned(pinned, schema, f"{pin_dir}/{schema}")
-    finally:
-        os.close(pinned)
 
 
 def open_pinned(directory: int, schema: str, shown: str) -> OpenProbe:
@@ -190,27 +195,40 @@ def open_pinned(directory: int, schema: str, shown: str) -> OpenProbe:
             _check(fds, shown)
         except OSError as error:
             raise ProbeError(f"{shown}: the kernel does not describe what is pinned: {error.strerror}") from None
-        return OpenProbe(schema, os.dup(fds[QUERY.name]), os.dup(fds[COUNTS.name]))
+        probe = OpenProbe(schema, fds[QUERY.name], fds[COUNTS.name])
+        # It has those two now.
+        opened.pop_all()
+        for name in set(names) - {QUERY.name, COUNTS.name}:
+            os.close(fds[name])
+        return probe
+
+
+def check_map(fd: int, wanted: MapPin, shown: str) -> int:
+    """The kernel's id of the map, which is ``wanted``. ``shown``: the directory it is pinned in, for messages.
+
+    Raises ProbeError if it is another, OSError if the kernel does not say.
+    """
+    store.expect(f"{shown}/{wanted.name}", syscalls.kind_of(fd), "bpf-map")
+    described = syscalls.map_info(fd)
+    found = (described.type, described.key_size, described.value_size, described.max_entries, described.name)
+    expected = (wanted.type, wanted.key_size, wanted.value_size, wanted.max_entries, wanted.name)
+    store.expect(f"{shown}/{wanted.name} (type, key bytes, value bytes, entries, name)", found, expected)
+    return described.id
+
+
+def check_program(fd: int, wanted: ProgramPin, map_ids: Mapping[MapPin, int], shown: str) -> int:
+    """As :func:`check_map`, of a program. Its maps too: over another of the same shape it would never be asked."""
+    store.expect(f"{shown}/{wanted.name}", syscalls.kind_of(fd), "bpf-prog")
+    described = syscalls.prog_info(fd)
+    found = (described.type, described.name, sorted(described.map_ids))
+    expected = (wanted.type, wanted.name, sorted(map_ids[each] for each in wanted.maps))
+    store.expect(f"{shown}/{wanted.name} (type, name, maps)", found, expected)
+    return described.id
 
 
 def _check(fds: Mapping[str, int], shown: str) -> None:
-    map_ids: Dict[MapPin, int] = {}
-    for wanted in MAPS:
-        store.expect(f"{shown}/{wanted.name}", syscalls.kind_of(fds[wanted.name]), "bpf-map")
-        described = syscalls.map_info(fds[wanted.name])
-        found = (described.type, described.key_size, described.value_size, described.max_entries, described.name)
-        expected = (wanted.type, wanted.key_size, wanted.value_size, wanted.max_entries, wanted.name)
-        store.expect(f"{shown}/{wanted.name} (type, key bytes, value bytes, entries, name)", found, expected)
-        map_ids[wanted] = described.id
-    program_ids: Dict[str, int] = {}
-    for program in PROGRAMS:
-        store.expect(f"{shown}/{program.name}", syscalls.kind_of(fds[program.name]), "bpf-prog")
-        info = syscalls.prog_info(fds[program.name])
-        # The maps too: a program over another map of the same shape would be heard but never asked.
-        found_program = (info.type, info.name, sorted(info.map_ids))
-        expected_program = (program.type, program.name, sorted(map_ids[each] for each in program.maps))
-        store.expect(f"{shown}/{program.name} (type, name, maps)", found_program, expected_program)
-        program_ids[program.name] = info.id
+    map_ids = {wanted: check_map(fds[wanted.name], wanted, shown) for wanted in MAPS}
+    program_ids = {each.name: check_program(fds[each.name], each, map_ids, shown) for each in PROGRAMS}
     for link in LINKS:
         store.expect(f"{shown}/{link.name}", syscalls.kind_of(fds[link.name]), "bpf-link")
         attached = syscalls.link_info(fds[link.name])

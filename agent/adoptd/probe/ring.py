@@ -21,10 +21,11 @@ _LENGTH = _DISCARDED - 1
 
 
 class Ring:
-    """One ring buffer, mapped. For one event loop."""
+    """One ring buffer, mapped. For one event loop. Closed also when nobody closes it."""
 
     def __init__(self, fd: int, data_bytes: int) -> None:
         """Take over ``fd``, a ring buffer of ``data_bytes``. Raises OSError if it cannot be mapped."""
+        self._closed = True
         self._fd = fd
         self._mask = data_bytes - 1
         page = mmap.PAGESIZE
@@ -40,6 +41,10 @@ class Ring:
         self._produced = memoryview(self._data_map)[:page].cast("Q")
         self._data = memoryview(self._data_map)[page:]
         self._order = threading.Lock()
+        self._closed = False
+
+    def __del__(self) -> None:
+        self.close()
 
     def fileno(self) -> int:
         """Readable while there are records."""
@@ -67,7 +72,10 @@ class Ring:
         return records
 
     def close(self) -> None:
-        """Let go of it. Records that were not read stay."""
+        """Let go of it. Records that were not read stay. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         for view in (self._consumed, self._produced, self._data):
             view.release()
         self._consumer_map.close()

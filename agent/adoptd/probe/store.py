@@ -101,8 +101,11 @@ def locked(pin_dir: Path, deadline: Deadline) -> Iterator[int]:
 
 
 def schemas(directory: int) -> List[str]:
-    """The schemas pinned in the directory, sorted."""
-    return sorted(name for name in os.listdir(directory) if is_schema(name))
+    """The schemas pinned in the directory, sorted. Raises ProbeError."""
+    try:
+        return sorted(name for name in os.listdir(directory) if is_schema(name))
+    except OSError as error:
+        raise ProbeError(f"the directory of the probe's pins cannot be listed: {error.strerror}") from None
 
 
 def begin(directory: int) -> str:

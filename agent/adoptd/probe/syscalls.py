@@ -14,7 +14,7 @@ import errno
 import os
 import struct
 from dataclasses import dataclass
-from typing import Iterator, Mapping, Tuple
+from typing import Iterator, Mapping, Optional, Tuple
 
 # include/uapi/linux/bpf.h
 MAP_TYPE_HASH = 1
@@ -61,7 +61,17 @@ _NAMES: Mapping[int, str] = {
 
 # bpf's number in each architecture's system call table (arch/*/.../syscall.tbl, asm-generic/unistd.h).
 _NUMBERS: Mapping[str, int] = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
-_NUMBER = _NUMBERS.get(os.uname().machine)
+
+
+def number_on(machine: str, pointer_bytes: int) -> Optional[int]:
+    """bpf's number for a process of that word size on a kernel of uname(2)'s ``machine``; None if it is not known.
+
+    A 32-bit interpreter on a 64-bit kernel has the table of another architecture: 321 is signalfd there.
+    """
+    return _NUMBERS.get(machine) if pointer_bytes == 8 else None
+
+
+_NUMBER = number_on(os.uname().machine, struct.calcsize("P"))
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall

@@ -15,6 +15,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from adoptd.model import ProbeError
 from adoptd.probe import store, syscalls
+from adoptd.probe.pins import COUNTS, MapPin, ProgramPin, check_map, check_program
 from adoptd.probe.record import (
     EVENT_BUFFER_BYTES,
     MEMBER,
@@ -28,20 +29,10 @@ from adoptd.probe.sources import find_sources, schema_of
 
 
 @dataclass(frozen=True)
-class WatchMap:
-    """A map that must be pinned, by its file's name. Sizes in bytes; ``shape``: type, key, value, entries."""
+class TracepointPin(ProgramPin):
+    """A program that must be pinned, and its link to a raw tracepoint."""
 
-    name: str
-    shape: Tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class WatchProgram:
-    """A program that must be pinned, and its link to a raw tracepoint; file and function have the same name."""
-
-    name: str
     tracepoint: str
-    maps: Tuple[str, ...]
 
     @property
     def link(self) -> str:
@@ -49,31 +40,44 @@ class WatchProgram:
         return "link_" + self.name
 
 
-_EVENTS, _MEMBERS, _SHARES, _COUNTERS = "adopt_events", "adopt_members", "adopt_shares", "adopt_counters"
+EVENTS = MapPin("adopt_events", syscalls.MAP_TYPE_RINGBUF, 0, EVENT_BUFFER_BYTES, 0)
+MEMBERS = MapPin("adopt_members", syscalls.MAP_TYPE_HASH, MEMBER.size, MEMBERS_MAX)
+SHARES_OF_USERS = MapPin("adopt_shares", syscalls.MAP_TYPE_ARRAY, SHARE_BYTES, SHARES)
+# The counters are the probe's.
+MAPS: Tuple[MapPin, ...] = (EVENTS, MEMBERS, SHARES_OF_USERS)
 
-MAPS: Tuple[WatchMap, ...] = (
-    WatchMap(_EVENTS, (syscalls.MAP_TYPE_RINGBUF, 0, 0, EVENT_BUFFER_BYTES)),
-    WatchMap(_MEMBERS, (syscalls.MAP_TYPE_HASH, 4, MEMBER.size, MEMBERS_MAX)),
-    WatchMap(_SHARES, (syscalls.MAP_TYPE_ARRAY, 4, SHARE_BYTES, SHARES)),
-)
+
+def _at(tracepoint: str, name: str, *maps: MapPin) -> TracepointPin:
+    return TracepointPin(name, syscalls.PROG_TYPE_RAW_TRACEPOINT, maps, tracepoint)
+
+
 # Those that keep the list before the one that tells: nothing is told of a list that is not kept.
-PROGRAMS: Tuple[WatchProgram, ...] = (
-    WatchProgram("adopt_exit", "sched_process_exit", (_MEMBERS, _SHARES)),
-    WatchProgram("adopt_exec", "sched_process_exec", (_MEMBERS, _SHARES)),
-    WatchProgram("adopt_fork", "sched_process_fork", (_MEMBERS, _SHARES, _COUNTERS)),
-    WatchProgram("adopt_attach", "cgroup_attach_task", (_EVENTS, _MEMBERS, _SHARES, _COUNTERS)),
+PROGRAMS: Tuple[TracepointPin, ...] = (
+    _at("sched_process_exit", "adopt_exit", MEMBERS, SHARES_OF_USERS),
+    _at("sched_process_exec", "adopt_exec", MEMBERS, SHARES_OF_USERS),
+    _at("sched_process_fork", "adopt_fork", MEMBERS, SHARES_OF_USERS, COUNTS),
+    _at("cgroup_attach_task", "adopt_attach", EVENTS, MEMBERS, SHARES_OF_USERS, COUNTS),
 )
 
 
 class OpenWatch:
-    """The watch, checked by :func:`open_watch`. The list is safe to share between threads, the ring is one loop's."""
+    """The watch, checked by :func:`open_watch`. The list is safe to share between threads, the ring is one loop's.
+
+    Closed also when nobody closes it, as the probe is.
+    """
 
     def __init__(self, schema: str, members_fd: int, ring: Ring) -> None:
+        """Take over ``members_fd`` and ``ring``. Raises OSError; then they are the caller's."""
+        self._closed = True
         self.schema = schema
         # Not the same for any two that were ever loaded: the kernel counts its maps.
         self.number = syscalls.map_info(members_fd).id
         self.ring = ring
         self._members_fd = members_fd
+        self._closed = False
+
+    def __del__(self) -> None:
+        self.close()
 
     def watch(self, pid: int, leader: int, start_ticks: int, uid: int) -> None:
         """Put a process, or a thread, on the list: from now on its moves are told and its forks are on it too.
@@ -113,9 +117,11 @@ class OpenWatch:
             raise ProbeError(f"the list of watched processes cannot be read: {error.strerror}") from None
 
     def close(self) -> None:
-        """Let go of the watch, which stays."""
-        self.ring.close()
-        os.close(self._members_fd)
+        """Let go of the watch, which stays. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.ring.close()
+            os.close(self._members_fd)
 
 
 def open_watch(pin_dir: Path, source_dir: Optional[Path] = None) -> OpenWatch:
@@ -131,7 +137,7 @@ def open_watch(pin_dir: Path, source_dir: Optional[Path] = None) -> OpenWatch:
         pinned = store.open_trusted(schema, shown, directory)
         opened.callback(os.close, pinned)
         fds: Dict[str, int] = {}
-        names = (*(each.name for each in MAPS), _COUNTERS, *(n for each in PROGRAMS for n in (each.name, each.link)))
+        names = (*(each.name for each in (*MAPS, COUNTS)), *(n for each in PROGRAMS for n in (each.name, each.link)))
         missing: List[str] = []
         for name in names:
             try:
@@ -141,16 +147,21 @@ def open_watch(pin_dir: Path, source_dir: Optional[Path] = None) -> OpenWatch:
                 missing.append(name)
             except OSError as error:
                 raise ProbeError(f"{shown}/{name}: cannot be opened: {error.strerror}") from None
-        if set(fds) <= {_COUNTERS}:
+        if set(fds) <= {COUNTS.name}:
             raise store.MissingProbe(f"{shown}: the kernel did not take the watch when the probe was loaded")
         if missing:
             raise ProbeError(f"{shown}: {', '.join(missing)} of the watch are missing: load the probe again")
         try:
             _check(fds, shown)
-            ring = Ring(os.dup(fds[_EVENTS]), EVENT_BUFFER_BYTES)
+            ring = Ring(os.dup(fds[EVENTS.name]), EVENT_BUFFER_BYTES)
+            watch = OpenWatch(schema, fds[MEMBERS.name], ring)
         except OSError as error:
             raise ProbeError(f"{shown}: the watch cannot be used: {error.strerror}") from None
-        return OpenWatch(schema, os.dup(fds[_MEMBERS]), ring)
+        # It has that one now.
+        opened.pop_all()
+        for fd in (directory, pinned, *(fds[name] for name in set(fds) - {MEMBERS.name})):
+            os.close(fd)
+        return watch
 
 
 def inherit(directory: int, name: str, others: Sequence[str]) -> None:
@@ -160,12 +171,12 @@ def inherit(directory: int, name: str, others: Sequence[str]) -> None:
     are read twice, since who forks between two reads is on the old list alone. Raises OSError.
     """
     with contextlib.ExitStack() as opened:
-        fresh = syscalls.obj_get(f"/proc/self/fd/{directory}/{name}/{_MEMBERS}")
+        fresh = syscalls.obj_get(f"/proc/self/fd/{directory}/{name}/{MEMBERS.name}")
         opened.callback(os.close, fresh)
         shape = syscalls.map_info(fresh)
         for other in others:
             try:
-                old = syscalls.obj_get(f"/proc/self/fd/{directory}/{other}/{_MEMBERS}")
+                old = syscalls.obj_get(f"/proc/self/fd/{directory}/{other}/{MEMBERS.name}")
             except OSError:
                 continue
             opened.callback(os.close, old)
@@ -188,23 +199,10 @@ def _twice(fd: int) -> Iterator[Tuple[int, bytes]]:
 
 
 def _check(fds: Dict[str, int], shown: str) -> None:
-    ids: Dict[str, int] = {}
-    for name in (*(each.name for each in MAPS), _COUNTERS):
-        store.expect(f"{shown}/{name}", syscalls.kind_of(fds[name]), "bpf-map")
-        info = syscalls.map_info(fds[name])
-        shape = next((each.shape for each in MAPS if each.name == name), None)
-        if shape is not None:
-            found_map = (info.type, info.key_size, info.value_size, info.max_entries, info.name)
-            store.expect(f"{shown}/{name} (type, key bytes, value bytes, entries, name)", found_map, (*shape, name))
-        ids[name] = info.id
-    for wanted in PROGRAMS:
-        store.expect(f"{shown}/{wanted.name}", syscalls.kind_of(fds[wanted.name]), "bpf-prog")
-        program = syscalls.prog_info(fds[wanted.name])
-        maps: List[int] = sorted(ids[name] for name in wanted.maps)
-        found_program = (program.type, program.name, sorted(program.map_ids))
-        expected = (syscalls.PROG_TYPE_RAW_TRACEPOINT, wanted.name, maps)
-        store.expect(f"{shown}/{wanted.name} (type, name, maps)", found_program, expected)
-        store.expect(f"{shown}/{wanted.link}", syscalls.kind_of(fds[wanted.link]), "bpf-link")
-        found_link = syscalls.raw_tracepoint_info(fds[wanted.link])
-        expected_link = (syscalls.LINK_TYPE_RAW_TRACEPOINT, program.id, wanted.tracepoint)
-        store.expect(f"{shown}/{wanted.link} (type, program, tracepoint)", found_link, expected_link)
+    map_ids = {wanted: check_map(fds[wanted.name], wanted, shown) for wanted in (*MAPS, COUNTS)}
+    for program in PROGRAMS:
+        number = check_program(fds[program.name], program, map_ids, shown)
+        store.expect(f"{shown}/{program.link}", syscalls.kind_of(fds[program.link]), "bpf-link")
+        found = syscalls.raw_tracepoint_info(fds[program.link])
+        expected = (syscalls.LINK_TYPE_RAW_TRACEPOINT, number, program.tracepoint)
+        store.expect(f"{shown}/{program.link} (type, program, tracepoint)", found, expected)
