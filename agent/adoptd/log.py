@@ -34,6 +34,14 @@ JOURNAL_FIELDS: Mapping[str, str] = {
     "latency_ms": "LATENCY_MS",
     "request": "REQUEST_ID",
 }
+# What an event's line has under a word of its own, and the journal under these as well.
+_ALSO: Mapping[str, Mapping[str, str]] = {
+    "callerid_answered": {"peer": "REMOTE_ADDR", "outcome": "DECISION"},
+    "join": {"outcome": "DECISION"},
+    "escape": {"outcome": "DECISION", "mover": "REASON"},
+    "observed_disagreement": {"would": "DECISION", "would_be_job": "JOB_ID"},
+    "observed_unknown": {"would": "DECISION", "would_be_job": "JOB_ID"},
+}
 
 
 class _Formatter(logging.Formatter):
@@ -61,11 +69,15 @@ class _JournalHandler(logging.Handler):
             "CODE_MODULE": record.name,
         }
         given: Mapping[str, Field] = getattr(record, _FIELDS, {})
+        event = record.getMessage().partition(" ")[0]
         if hasattr(record, _FIELDS):
-            fields["ADOPTD_EVENT"] = record.getMessage().partition(" ")[0]
+            fields["ADOPTD_EVENT"] = event
+        also = _ALSO.get(event, {})
         for name, value in given.items():
             if value is not None:
                 fields[JOURNAL_FIELDS.get(name, f"ADOPTD_{name.upper()}")] = scrub(_plain(value))
+                if name in also:
+                    fields[also[name]] = scrub(_plain(value))
         self._to.send(fields)
 
     def close(self) -> None:

@@ -176,6 +176,12 @@ class Metrics:
             "Sessions that were adopted and live.",
             registry=self.registry,
         )
+        self.sessions_outside = Gauge(
+            "adoptd_sessions_outside",
+            "Sessions of which a process is out of the job now, and was not put back; `adoptctl sessions` names them.",
+            ["out_of"],
+            registry=self.registry,
+        )
         self.session_watch_attached = Gauge(
             "adoptd_session_watch_attached",
             "1 if the kernel tells when a session's process is moved, 0 if sessions are only looked at now and then.",
@@ -245,6 +251,10 @@ class Metrics:
         labels = self.adoptions.labels(phase, mode, outcome, reason, _witness_label(witness))
         labels.inc(exemplar={"request_id": request_id})
 
+    def begin_adoption(self, phase: str, mode: str, outcome: str, reason: str, witness: Optional[Witness]) -> None:
+        """Make the series of a decision that may come."""
+        self.adoptions.labels(phase, mode, outcome, reason, _witness_label(witness))
+
     def observe_login(
         self, phase: str, seconds: float, budget_s: float, stages: Sequence[Tuple[str, float]], request_id: str
     ) -> None:
@@ -277,6 +287,11 @@ class Metrics:
     def watch_sessions(self, count: Callable[[], int]) -> None:
         """Export ``count()``, asked at each scrape, from another thread."""
         self.sessions.set_function(count)
+
+    def show_outside(self, sessions: Mapping[str, int]) -> None:
+        """Set how many sessions are outside of what. The words are those of the sessions' enum."""
+        for out_of, count in sessions.items():
+            self.sessions_outside.labels(out_of).set(count)
 
     def watch_notes(self, count: Callable[[], int]) -> None:
         """Export ``count()``, asked at each scrape, from another thread."""

@@ -17,15 +17,34 @@ from adoptd.deadline import Deadline
 from adoptd.exposition import TEXTFILE_INTERVAL_S, Tls, write_textfile
 from adoptd.hierarchy import HierarchyKind, read_hierarchies
 from adoptd.jobs import JobBackend
-from adoptd.metrics import Metrics, Pool
-from adoptd.model import JobManagerError
+from adoptd.metrics import Door, Metrics, Pool, Refusal
+from adoptd.model import JobManagerError, Witness
+from adoptd.policy import Situation, Step
 from adoptd.sessions.escapes import EscapeOutcome, Mover
 from adoptd.watch import Watch
 from adoptd.wire.callerid import Outcome, Reason
+from adoptd.wire.pam import Mode, Phase
 from adoptd.workers import OutOfTime, Overloaded, Workers
 
 # Rendering and writing 100 KiB takes milliseconds; a file system that hangs must not pile up writers.
 _WRITE_MS = 10_000.0
+
+
+# What logins come to, as a rule and where an alert asks: outcome, reason and witness. After agents were restarted
+# everywhere the first login at each node is of one of these, and would else not be seen in any rate.
+_COMMON = (
+    ("adopted", Step.ADOPT_ONLY, None),
+    ("adopted", Step.ADOPT_NAMED, Witness.BPF),
+    ("adopted", Step.ADOPT_NEWEST, None),
+    ("denied", Situation.NO_JOBS, None),
+    ("ignored", Situation.GENERIC_FAILURE, None),
+    ("allowed", Situation.GENERIC_FAILURE, None),
+    ("allowed", Situation.ADOPT_FAILURE, None),
+    ("allowed", Situation.UNKNOWN, None),
+    ("allowed", Situation.NAMED_FAILED, None),
+)
+# Of what pam_adopt.so was owed an answer to.
+_OWED = (Refusal.MALFORMED, Refusal.INTERNAL, Refusal.UNAVAILABLE)
 
 
 def begin_at_zero(metrics: Metrics) -> None:
@@ -33,10 +52,14 @@ def begin_at_zero(metrics: Metrics) -> None:
 
     Those of observe mode are made where they are counted.
     """
-    for mover, outcome in itertools.product(Mover, EscapeOutcome):
-        metrics.count_escape(mover.value, outcome.value, 0)
-    for reason in (Reason.DISAGREEMENT, Reason.AMBIGUOUS):
-        metrics.answered.labels(Outcome.UNKNOWN.value, reason.value, "none")
+    for outcome, reason, witness in _COMMON:
+        metrics.begin_adoption(Phase.ACCOUNT.name.lower(), Mode.ENFORCE.name.lower(), outcome, reason.value, witness)
+    for refusal in _OWED:
+        metrics.refused.labels(Door.PAM.value, refusal.value)
+    for mover, escape in itertools.product(Mover, EscapeOutcome):
+        metrics.count_escape(mover.value, escape.value, 0)
+    for doubt in (Reason.DISAGREEMENT, Reason.AMBIGUOUS):
+        metrics.answered.labels(Outcome.UNKNOWN.value, doubt.value, "none")
 
 
 def tls_of(settings: MetricsConfig) -> Optional[Tls]:

@@ -135,6 +135,7 @@ class Observations:
                 user=decided.user,
                 uid=decided.uid,
                 connection=None if decided.connection is None else str(decided.connection),
+                remote=None if decided.connection is None else str(decided.connection.source.address),
                 found=found.value,
                 in_job=None if seen.place is None else seen.place.id,
                 would=decided.would.value,

@@ -58,6 +58,14 @@ def print_sessions(result: Result) -> None:
         witness, source = _witness(row) or "-", row.get("from") or "-"
         words = (f"{_text(row[name]):{width}}" for name, width in (("session", 20), ("user", 12), ("job", 12)))
         print(*words, f"{since:19}", f"{_text(row['reason']):10}", f"{_text(witness):9}", _text(source))
+        if row.get("ended"):
+            print("  has ended, and left what is outside behind")
+        why = "its job has ended" if row.get("job_ended") else "not in its job"
+        for stray in _rows(row, "outside"):
+            print(f"  outside: process {_text(stray['pid'])} in {_text(stray['cgroup'])}, {why}")
+        more = int(_number(row.get("outside_count", 0))) - len(_rows(row, "outside"))
+        if more > 0:
+            print(f"  outside: {more} more, {why}")
 
 
 def print_explained(result: Result) -> None:

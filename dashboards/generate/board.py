@@ -10,8 +10,8 @@ from grafana_foundation_sdk.models import dashboard as models
 
 from generate import fleet_rows, node_rows
 from generate.parts import SOURCE
+from generate.queries import UID
 
-UID = "adoptd"
 ROWS = (
     fleet_rows.fleet,
     fleet_rows.logins,

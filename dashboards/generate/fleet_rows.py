@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from generate.parts import BLUE, GREEN, RED, THIRD, YELLOW, Row, graph, heat, number, rows
+from generate.parts import BLUE, GREEN, RED, THIRD, YELLOW, Row, counted, graph, heat, number, rows
 from generate.queries import FLEET, GATE, NODE, OUTSIDE, most, quantile, ratio, total
 
 # A login's whole budget by default is 1 s; half of it is late enough to look.
@@ -99,40 +99,30 @@ def fleet() -> Row:
 def logins() -> Row:
     """The account phases of the nodes chosen."""
     return "Logins: what is decided, and how long it takes", [
-        graph(
+        counted(
             "Logins by outcome",
             "adopted: in a job, read back. denied: told why. allowed, ignored: let in without a job, as configured.",
-            "reqps",
-            [(total("adoptd_adoptions_total", f"{NODE}, {GATE}", "outcome"), "{{outcome}}")],
+            "adoptd_adoptions_total",
+            f"{NODE}, {GATE}",
+            "outcome",
             width=THIRD,
-            stacked=True,
             exemplars=True,
         ),
-        graph(
+        counted(
             "Adoptions by how the job was found",
             "only_job: there was one. callerid: the source node named it. newest: it could not.",
-            "reqps",
-            [
-                (
-                    total("adoptd_adoptions_total", f'{NODE}, {GATE}, outcome="adopted"', "reason, witness"),
-                    "{{reason}} {{witness}}",
-                )
-            ],
+            "adoptd_adoptions_total",
+            f'{NODE}, {GATE}, outcome="adopted"',
+            "reason, witness",
             width=THIRD,
-            stacked=True,
         ),
-        graph(
+        counted(
             "Denials and logins outside a job, by reason",
             "no_jobs is users' business; generic_failure, adopt_failure and unknown are yours.",
-            "reqps",
-            [
-                (
-                    total("adoptd_adoptions_total", f'{NODE}, {GATE}, outcome!="adopted"', "outcome, reason"),
-                    "{{outcome}} {{reason}}",
-                )
-            ],
+            "adoptd_adoptions_total",
+            f'{NODE}, {GATE}, outcome!="adopted"',
+            "outcome, reason",
             width=THIRD,
-            stacked=True,
         ),
         graph(
             "Login duration by phase",
@@ -160,33 +150,30 @@ def logins() -> Row:
             [(quantile(0.99, "adoptd_stage_duration_seconds", f'{NODE}, journey="adoption"', "stage"), "{{stage}}")],
             width=THIRD,
         ),
-        graph(
+        counted(
             "Faults of the job manager",
             "By the stage that met it; worked_around: no login suffered. docs/faults.md has each of Slurm's.",
-            "reqps",
-            [(total("adoptd_job_faults_total", NODE, "stage, fault"), "{{stage}} {{fault}}")],
+            "adoptd_job_faults_total",
+            NODE,
+            "stage, fault",
             width=THIRD,
-            stacked=True,
         ),
-        graph(
+        counted(
             "Logins that got no answer, by reason",
             "pam_adopt.so asked and was refused: action_generic_failure. They are in no other figure of this row.",
-            "reqps",
-            [(total("adoptd_messages_refused_total", f'{NODE}, socket="pam"', "reason"), "{{reason}}")],
+            "adoptd_messages_refused_total",
+            f'{NODE}, socket="pam"',
+            "reason",
             width=THIRD,
-            stacked=True,
         ),
-        graph(
+        counted(
             "Observe mode: what we would have done",
             "Only where a PAM line says mode=observe. Each disagreement is to be understood before enforcing.",
-            "reqps",
-            [
-                (
-                    f"{total('adoptd_observed_total', NODE, 'agreement, found, would')} > 0",
-                    "{{agreement}}: found in {{found}}, would {{would}}",
-                )
-            ],
+            "adoptd_observed_total",
+            NODE,
+            "agreement, found, would",
             width=THIRD,
-            stacked=True,
+            legend="{{agreement}}: found in {{found}}, would {{would}}",
+            some=True,
         ),
     ]

@@ -19,7 +19,7 @@ from adoptd.model import JobFault, Witness
 from adoptd.observed import Agreement, Found, Would
 from adoptd.policy import Situation, Step
 from adoptd.probe.record import COUNTERS
-from adoptd.sessions.escapes import EscapeOutcome, Mover
+from adoptd.sessions.escapes import EscapeOutcome, Mover, OutsideOf
 from adoptd.slurm_callerid import SlurmdFault
 from adoptd.wire.callerid import Outcome, Reason
 from adoptd.wire.pam import Mode, Phase
@@ -62,6 +62,7 @@ CLOSED: Mapping[str, Mapping[str, Values]] = {
     "adoptd_callerid_answered": {"outcome": _of(Outcome), "reason": _of(Reason), "witness": _of(Witness) | _NONE},
     "adoptd_joins": {"outcome": _of(JoinOutcome)},
     "adoptd_escapes": {"mover": _of(Mover), "outcome": _of(EscapeOutcome)},
+    "adoptd_sessions_outside": {"out_of": _of(OutsideOf)},
     "adoptd_messages_refused": {"socket": _of(Door), "reason": _of(Refusal)},
     "adoptd_requests_in_flight": {"socket": _of(Door)},
     "adoptd_queue_waiting": {"queue": _of(Pool)},

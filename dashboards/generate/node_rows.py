@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from generate.parts import HALF, QUARTER, THIRD, Row, graph, states
+from generate.parts import HALF, QUARTER, Row, counted, graph, states
 from generate.queries import DISBELIEVED, NODE, UNHEARD, UNSEALED, most, quantile, rate, total
 
 _RELOADED = f"adoptd_config_last_reload_success{{{NODE}}}"
@@ -11,30 +11,30 @@ _RELOADED = f"adoptd_config_last_reload_success{{{NODE}}}"
 def callerid() -> Row:
     """Both ends of the questions between nodes."""
     return "Callerid: which job does a connection come from?", [
-        graph(
+        counted(
             "Asked of other nodes, by outcome",
             "job: named. no_job: the process is in none. unknown: could not be told, or nobody answered.",
-            "reqps",
-            [(total("adoptd_callerid_asked_total", NODE, "outcome"), "{{outcome}}")],
+            "adoptd_callerid_asked_total",
+            NODE,
+            "outcome",
             width=QUARTER,
-            stacked=True,
         ),
-        graph(
+        counted(
             "Questions without an answer, by reason",
             "timeout: packets are dropped (a firewall should reject). refused: no agent. closed: it does not believe "
             "our seal, or has none. seal_unavailable: we have none.",
-            "reqps",
-            [(total("adoptd_callerid_asked_total", f'{NODE}, reason=~"{UNHEARD}|{UNSEALED}"', "reason"), "{{reason}}")],
+            "adoptd_callerid_asked_total",
+            f'{NODE}, reason=~"{UNHEARD}|{UNSEALED}"',
+            "reason",
             width=QUARTER,
-            stacked=True,
         ),
-        graph(
+        counted(
             "Answers not believed, by reason",
             "Somebody answers in an agent's place, or an address leads to another host. It should never happen.",
-            "reqps",
-            [(total("adoptd_callerid_asked_total", f'{NODE}, reason=~"{DISBELIEVED}"', "reason"), "{{reason}}")],
+            "adoptd_callerid_asked_total",
+            f'{NODE}, reason=~"{DISBELIEVED}"',
+            "reason",
             width=QUARTER,
-            stacked=True,
         ),
         graph(
             "Time to be told",
@@ -44,31 +44,21 @@ def callerid() -> Row:
             width=QUARTER,
             exemplars=True,
         ),
-        graph(
+        counted(
             "Answered for other nodes, by witness",
             "Who named the owner. bpf is exact and fast; proc is the last resort.",
-            "reqps",
-            [
-                (
-                    total("adoptd_callerid_answered_total", f'{NODE}, outcome="job"', "witness"),
-                    "{{witness}}",
-                )
-            ],
+            "adoptd_callerid_answered_total",
+            f'{NODE}, outcome="job"',
+            "witness",
             width=QUARTER,
-            stacked=True,
         ),
-        graph(
+        counted(
             "Answered without a job, by reason",
             "disagreement and ambiguous mean that two witnesses or two sockets contradict each other.",
-            "reqps",
-            [
-                (
-                    total("adoptd_callerid_answered_total", f'{NODE}, outcome!="job"', "outcome, reason"),
-                    "{{outcome}} {{reason}}",
-                )
-            ],
+            "adoptd_callerid_answered_total",
+            f'{NODE}, outcome!="job"',
+            "outcome, reason",
             width=QUARTER,
-            stacked=True,
         ),
         graph(
             "Time to answer",
@@ -86,13 +76,13 @@ def callerid() -> Row:
             ],
             width=QUARTER,
         ),
-        graph(
+        counted(
             "Messages refused, by socket and reason",
             "What came in and was not worth a reply. A flood shows as too_many; an attempt as bad_seal or replayed.",
-            "reqps",
-            [(total("adoptd_messages_refused_total", NODE, "socket, reason"), "{{socket}} {{reason}}")],
+            "adoptd_messages_refused_total",
+            NODE,
+            "socket, reason",
             width=QUARTER,
-            stacked=True,
         ),
     ]
 
@@ -108,24 +98,38 @@ def sessions() -> Row:
                 (f"sum (adoptd_sessions{{{NODE}}})", "all nodes"),
                 (most(f"sum by (instance) (adoptd_sessions{{{NODE}}})"), "{{instance}}"),
             ],
-            width=THIRD,
+            width=QUARTER,
         ),
         graph(
+            "Sessions outside their job now",
+            "Not put back. running_job: adoptctl join puts them there. ended_job: nobody takes them, end them. "
+            "`adoptctl sessions` on the node names them. Empty is good.",
+            "short",
+            [
+                (
+                    most(f"sum by (instance, out_of) (adoptd_sessions_outside{{{NODE}}}) > 0"),
+                    "{{instance}} {{out_of}}",
+                )
+            ],
+            width=QUARTER,
+        ),
+        counted(
             "Escapes, by who moved it and what was done",
             "A session's process left its job's cgroup. systemd: pam_systemd runs after pam_adopt; put it before. "
             "Empty is good.",
-            "reqps",
-            [(f"{total('adoptd_escapes_total', NODE, 'mover, outcome')} > 0", "{{mover}} {{outcome}}")],
-            width=THIRD,
-            stacked=True,
+            "adoptd_escapes_total",
+            NODE,
+            "mover, outcome",
+            width=QUARTER,
+            some=True,
         ),
-        graph(
+        counted(
             "Joins, by outcome",
             "Users moving their session into another of their jobs (adoptctl join).",
-            "reqps",
-            [(total("adoptd_joins_total", NODE, "outcome"), "{{outcome}}")],
-            width=THIRD,
-            stacked=True,
+            "adoptd_joins_total",
+            NODE,
+            "outcome",
+            width=QUARTER,
         ),
     ]
 

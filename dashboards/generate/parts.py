@@ -23,6 +23,8 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import heatmap as heatmap_models
 from grafana_foundation_sdk.models import prometheus as prometheus_models
 
+from generate.queries import PATH, total
+
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 # The grid is 24 wide.
@@ -103,6 +105,27 @@ def graph(
     return panel
 
 
+def counted(
+    title: str,
+    description: str,
+    metric: str,
+    where: str,
+    by: str,
+    *,
+    width: int,
+    legend: str = "",
+    some: bool = False,
+    exemplars: bool = False,
+) -> timeseries.Panel:
+    """How often per second, stacked, by the labels named, which are the legend unless that is given.
+
+    ``some``: without those that have not happened.
+    """
+    query = total(metric, where, by) + (" > 0" if some else "")
+    words = legend or " ".join(f"{{{{{label}}}}}" for label in by.split(", "))
+    return graph(title, description, "reqps", [(query, words)], width=width, stacked=True, exemplars=exemplars)
+
+
 def number(title: str, description: str, unit: str, query: str, steps: Steps, *, width: int = SIXTH) -> stat.Panel:
     """The latest value, large, coloured by what it means; "none" where nothing of the kind has been counted."""
     return (
@@ -136,7 +159,10 @@ def states(title: str, description: str, queries: Sequence[Query], *, width: int
 def rows(
     title: str, description: str, query: str, columns: Sequence[str], value: str = "", *, width: int = HALF
 ) -> table.Panel:
-    """The present values of one query, one row each: the labels named as columns, then what the value is (if said)."""
+    """The present values of one query, one row each: the labels named as columns, then what the value is (if said).
+
+    A row that is about a node leads to this dashboard of that node.
+    """
     names = [*columns, "Value"]
     hidden = dict.fromkeys(("Time", "__name__", "job", *([] if value else ["Value"])), True)
     placed = {name: index for index, name in enumerate(names)}
@@ -148,6 +174,9 @@ def rows(
         .with_target(_target((query, ""), 0).instant().format(prometheus_models.PromQueryFormat.TABLE))
         .with_transformation(models.DataTransformerConfig(id_val="organize", options=options))
     )
+    if "instance" in columns:
+        url = f"{PATH}?var-node=${{__data.fields.instance}}&${{__url_time_range}}"
+        panel.data_links([dashboard.DashboardLink("This node alone").type(models.DashboardLinkType.LINK).url(url)])
     order = common.TableSortByFieldState()
     return panel.sort_by([order.display_name(value).desc(True) if value else order.display_name(columns[0])])
 

@@ -6,6 +6,10 @@ Owns the label matchers and the names of sets of label values, so that a panel, 
 
 from __future__ import annotations
 
+# Where Grafana has the dashboard, below its own address.
+UID = "adoptd"
+PATH = f"/d/{UID}"
+
 # Dashboard variables. ``cluster`` may be a label that a site does not set: its "All" matches what lacks it too.
 FLEET = 'cluster=~"$cluster"'
 NODE = 'cluster=~"$cluster", instance=~"$node"'

@@ -28,6 +28,9 @@ def recording_groups() -> List[Dict[str, object]]:
         "instance_phase:adoptd_adoption_duration_seconds:p99_rate5m": quantile(
             0.99, "adoptd_adoption_duration_seconds", "", f"{_BY}, instance, phase", _WINDOW
         ),
+        "cluster_phase:adoptd_adoption_duration_seconds:p50_rate5m": quantile(
+            0.5, "adoptd_adoption_duration_seconds", "", f"{_BY}, phase", _WINDOW
+        ),
         "cluster_phase:adoptd_adoption_duration_seconds:p99_rate5m": quantile(
             0.99, "adoptd_adoption_duration_seconds", "", f"{_BY}, phase", _WINDOW
         ),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import pwd
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Callable, ContextManager, Iterator, List, Optional, Tuple
 
 from dashboards.fleet import impostor
-from dashboards.provoked import CLUSTER, LOST_CLUSTER, Scene, end, patiently
+from dashboards.provoked import CLUSTER, EVERYBODY, LOST_CLUSTER, Scene, end, patiently
 from lab.etc_files import ALICE, BOB, ROOT, User
 from lab.node import PYTHON, Node
 from lab.node_runner import SOURCE_IN_NODE
@@ -291,9 +293,9 @@ def held(pid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def moved_again_and_again(up: Scene) -> Iterator[None]:
-    """Root moves a session's process out of its job each time that the agent has put it back.
+    """Root moves a session's process out of its job each time that the agent has put it back, until it gives up.
 
-    Mended: root does so no more. The session goes on.
+    Mended: root does so no more and, as the runbook says, puts the session back. It goes on.
     """
     node = up.node("escaping")
     pid_file = up.lab.cluster.directory / "home" / ALICE.name / "moved"
@@ -309,6 +311,22 @@ def moved_again_and_again(up: Scene) -> Iterator[None]:
         yield
     finally:
         end(mover)
+        put_back(node)
+
+
+def put_back(node: Node) -> None:
+    """By ``adoptctl sessions`` and ``adoptctl join``, as the runbook has it: each session into the job that it had."""
+    listed = json.loads(adoptctl(node, "sessions", "--json"))["sessions"]
+    assert listed, f"{node.name}: no session to put back"
+    for row in listed:
+        adoptctl(node, "join", row["job"], "--session", row["session"])
+
+
+def adoptctl(node: Node, *words: str) -> str:
+    """What a command says to root."""
+    code = "import sys; from adoptd.cli import adoptctl_main; sys.exit(adoptctl_main())"
+    quoted = " ".join(shlex.quote(word) for word in (PYTHON, "-B", "-c", code, *words))
+    return node.run(["sh", "-c", f"PYTHONPATH={SOURCE_IN_NODE}/agent exec {quoted}"])
 
 
 def _number(file: Path) -> Optional[int]:
@@ -419,9 +437,22 @@ FAULTS = (
     Fault(module_of_another_release, (("AdoptdLoginsUnanswered", "mismatched"),)),
     Fault(flood, (("AdoptdTooManyRequests", "flooded"),)),
     Fault(witnesses_disagree, (("AdoptdWitnessesDisagree", "escaping"),)),
-    Fault(moved_again_and_again, (("AdoptdSessionsEscape", "escaping"),)),
+    Fault(moved_again_and_again, (("AdoptdSessionsEscape", "escaping"), ("AdoptdSessionsOutside", "escaping"))),
     Fault(bad_configuration, (("AdoptdReloadFailed", "escaping"),)),
     Fault(observed_otherwise, (("AdoptdObservedDisagreement", "leaking"),)),
     Fault(restarts, (("AdoptdRestarts", "unprobed"),)),
 )
+
+
+@contextlib.contextmanager
+def nobody_scraped(up: Scene) -> Iterator[None]:
+    """Prometheus' targets are lost. Made alone, after all others: no other alert can fire then."""
+    up.prometheus.scrape({})
+    try:
+        yield
+    finally:
+        up.prometheus.scrape(up.targets)
+
+
+BLIND = ("AdoptdNotScraped", EVERYBODY)
 EXPECTED = tuple(expected for fault in FAULTS for expected in fault.alerts)

@@ -1,15 +1,17 @@
 """A fleet to look at: three nodes with agents, a real Prometheus that scrapes them, and traffic of every kind.
 
 Owns the bringing up, the traffic, and the asking of Prometheus through its HTTP API. The second node's agent has no
-probe, so that something is degraded; the third observes. Called by the live test and by the preview; Prometheus and
-the impostor also by the fleet in which every alert is provoked.
+probe and puts no session back, so that something is degraded; the third observes. Called by the live test and by the
+preview; Prometheus and the impostor also by the fleet in which every alert is provoked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ SCRAPE_S = 1
 PORT = 9090
 RULE_FILES = ("rules.yml", "alerts.yml")
 UNHEARD = "adoptd_callerid_unheard_peers > 0"
+OUTSIDE = "adoptd_sessions_outside > 0"
 _PYTHON = "/usr/bin/python3"
 
 # Run inside the node: its network is not this process's. One request for each line, one reply for each.
@@ -79,13 +82,7 @@ class Prometheus:
         node.path(directory).mkdir()
         for name in RULE_FILES:
             node.write(f"{directory}/{name}", rules(name))
-        static = [{"targets": list(each), "labels": {"cluster": cluster}} for cluster, each in targets.items()]
-        settings = {
-            "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"},
-            "rule_files": list(RULE_FILES),
-            "scrape_configs": [{"job_name": "adoptd", "static_configs": static}],
-        }
-        node.write(f"{directory}/prometheus.yml", yaml.safe_dump(settings))
+        self._configure(targets)
         storage = [f"--storage.tsdb.path={directory}/data", "--storage.tsdb.retention.time=1d"]
         listen = [f"--web.listen-address=127.0.0.1:{PORT}", "--log.level=warn", "--enable-feature=exemplar-storage"]
         node.start_daemon(
@@ -93,6 +90,20 @@ class Prometheus:
         )
         count = sum(len(each) for each in targets.values())
         until(lambda: self._scraped(count), "Prometheus has scraped every agent", 30)
+
+    def _configure(self, targets: Mapping[str, Sequence[str]]) -> None:
+        static = [{"targets": list(each), "labels": {"cluster": cluster}} for cluster, each in targets.items()]
+        settings = {
+            "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"},
+            "rule_files": list(RULE_FILES),
+            "scrape_configs": [{"job_name": "adoptd", "static_configs": static}],
+        }
+        self._node.write(f"{self._directory}/prometheus.yml", yaml.safe_dump(settings))
+
+    def scrape(self, targets: Mapping[str, Sequence[str]]) -> None:
+        """Have it scrape these from now on, as after a change of its configuration."""
+        self._configure(targets)
+        os.kill(self._node.daemons["prometheus"].pid, signal.SIGHUP)
 
     def _scraped(self, count: int) -> bool:
         try:
@@ -136,7 +147,7 @@ def fleet() -> Iterator[Fleet]:
     """Three nodes and a Prometheus, until leaving."""
     with Cluster(3) as cluster, contextlib.ExitStack() as settings:
         lab = Lab(cluster)
-        probes = {1: "[probe]\nenabled = false\n"}
+        probes = {1: '[probe]\nenabled = false\n[session]\non_escape = "report"\n'}
         for number, node in enumerate(cluster.nodes):
             text = f'[metrics]\nlisten = "{node.ipv4}"\n{probes.get(number, "")}'
             settings.enter_context(lab.agent_settings(node, text))
@@ -151,7 +162,7 @@ def make_traffic(up: Fleet, rounds: int = 3) -> None:
     for _ in range(rounds):
         _logins(up.lab)
         _faults(up)
-        _sessions(up.lab)
+        _sessions(up)
         _hostile(up.lab)
 
 
@@ -197,8 +208,9 @@ def impostor(node: Node) -> Iterator[None]:
         node.kill("impostor")
 
 
-def _sessions(lab: Lab) -> None:
+def _sessions(up: Fleet) -> None:
     """A session that is moved out of its job by root, and one whose user joins another job."""
+    lab = up.lab
     lab.pam("action_unknown=newest")
     code = "import sys; from adoptd.cli import adoptctl_main; sys.exit(adoptctl_main())"
     join = f"PYTHONPATH={SOURCE_IN_NODE}/agent {_PYTHON} -B -c '{code}' join"
@@ -206,11 +218,18 @@ def _sessions(lab: Lab) -> None:
         lab.login(command=f"{join} {jobs[0]}; {join} 999")
         pid_file = lab.cluster.directory / "home" / f"{ALICE.name}" / "escaping"
         pid_file.unlink(missing_ok=True)
-        session = lab.start_login(command=f"echo $$ > {ALICE.home}/escaping; exec sleep 5")
-        pid = until(lambda: _number(pid_file), "the session's pid", 15)
-        for file in lab.second.system_group.procs_files():
-            Path(file).write_text(str(pid), encoding="ascii")
-        session.end()
+        # Ends as soon as it may.
+        command = f"echo $$ > {ALICE.home}/escaping; while [ -e {ALICE.home}/escaping ]; do sleep 0.1; done"
+        session = lab.start_login(command=command)
+        try:
+            pid = until(lambda: _number(pid_file), "the session's pid", 15)
+            for file in lab.second.system_group.procs_files():
+                Path(file).write_text(str(pid), encoding="ascii")
+            # It is left there, and its end sets the gauge back.
+            until(lambda: up.prometheus.query([OUTSIDE])[0], "Prometheus has seen a session outside", 30)
+        finally:
+            pid_file.unlink(missing_ok=True)
+            session.end()
 
 
 def _number(file: Path) -> Optional[int]:

@@ -29,6 +29,8 @@ from lab.waiting import PATIENCE
 # An hour at a site is a minute here.
 TIMES = 60
 CLUSTER, LOST_CLUSTER = "lab", "lost"
+# Of an alert that names nobody.
+EVERYBODY = "everybody"
 # What each node is in this play; the first also has the Prometheus.
 ROLES = (
     "source",
@@ -54,6 +56,8 @@ ROLES = (
 # It scrapes and evaluates once a second.
 POLL_S = 0.5
 _SERVICE = "provoked"
+# A login that waited its 2 s for a source is to have time for its adoption all the same, on a machine without any.
+_LOGIN_MS = 10_000
 _DROP_IN = "/etc/adoptd/conf.d/90-provoked.toml"
 
 # Holds a connection from its own job, and its port is what the node logged in to asks about. With a name, it becomes
@@ -94,11 +98,17 @@ class Scene:
         return f"{self.node(role).ipv4}:9830"
 
     def about(self, labels: Dict[str, str]) -> str:
-        """Who an alert with these labels is about: a role, or a cluster."""
+        """Who an alert with these labels is about: a role, a cluster, or EVERYBODY."""
         for role in ROLES:
             if labels.get("instance") == self.instance(role):
                 return role
-        return labels["cluster"]
+        return labels.get("cluster", EVERYBODY)
+
+    @property
+    def targets(self) -> Dict[str, List[str]]:
+        """What Prometheus is to scrape, by cluster."""
+        here = [self.instance(role) for role in ROLES if role != "lost"]
+        return {CLUSTER: here, LOST_CLUSTER: [self.instance("lost")]}
 
     def agent_pid(self, role: str) -> int:
         """Of the agent that runs there now."""
@@ -157,7 +167,8 @@ class Scene:
     ) -> str:
         """The PAM stack of those logins, from the next one on. Returns its service's name."""
         service = f"{_SERVICE}-{source}-{number}"
-        line = f"account required {module or self.lab.cluster.pam_module} service={service} timeout_ms=3000 {options}"
+        words = f"service={service} timeout_ms={_LOGIN_MS} {options}"
+        line = f"account required {module or self.lab.cluster.pam_module} {words}"
         # The pause is the stack's own, after the line that counts.
         text = f"{line}\naccount optional pam_exec.so quiet /bin/sleep {every_s}\n"
         self.node(to).write(f"{CONFDIR}/{service}", text)
@@ -223,11 +234,7 @@ def scene() -> Iterator[Scene]:
             node.begin_agent()
         for node in cluster.nodes:
             node.wait_agent()
-        targets = {
-            CLUSTER: [made.instance(role) for role in ROLES if role != "lost"],
-            LOST_CLUSTER: [made.instance("lost")],
-        }
         ending.callback(made.lasting.close)
         ending.callback(cluster.nodes[0].kill, "prometheus")
-        prometheus.start(targets, lambda name: faster(as_committed(name), TIMES))
+        prometheus.start(made.targets, lambda name: faster(as_committed(name), TIMES))
         yield made

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping
+from typing import Collection, Dict, List, Mapping
 
 import pytest
 import yaml
@@ -71,11 +71,69 @@ def _buckets(below: str, above: str, phase: str = "account") -> Dict[str, str]:
     }
 
 
+_OUTSIDE = 'phase="account", mode="enforce", outcome="allowed", reason="adopt_failure", witness="none"'
+_MALFORMED = 'socket="pam", reason="malformed"'
+_SILENT = 'stage="adopt", fault="step_silent"'
+_TIMEOUT = 'outcome="unknown", reason="timeout", witness="none"'
+_OWNER = 'outcome="job", reason="owner", witness="none"'
+_NODES = 60
+
+
+def _everywhere(metric: str, labels: str, in_half_an_hour: int) -> Dict[str, str]:
+    """So many times in the last half an hour on all nodes of a cluster together, each minute on another node."""
+    nodes: Dict[str, str] = {}
+    for number in range(_NODES):
+        at = {60 + each * 30 // in_half_an_hour for each in range(in_half_an_hour) if each % _NODES == number}
+        nodes[f'{metric}{{job="adoptd", cluster="one", instance="n{number}", {labels}}}'] = _counted(at)
+    return nodes
+
+
+def _by_turns(metric: str, labels: str, every: int = 3, times: int = 1) -> Dict[str, str]:
+    """Nodes of that cluster where it happens thrice in twelve minutes; with the third they are over their own bound.
+
+    That lasts until the first is a quarter of an hour ago, three minutes; by then it is the next one's turn, unless
+    ``every`` is more.
+    """
+    return {
+        f'{metric}{{job="adoptd", cluster="one", instance="turn{first}", {labels}}}': _counted(
+            {first, first + 6, first + 12}, times
+        )
+        for first in range(40, 90, every)
+    }
+
+
+def _steadily(metric: str, labels: str, a_minute: int) -> Dict[str, str]:
+    """One more node of that cluster."""
+    return {f'{metric}{{job="adoptd", cluster="one", instance="steady", {labels}}}': f"0+{a_minute}x90"}
+
+
+def _counted(at: Collection[int], times: int = 1) -> str:
+    """A counter that goes up in those minutes, by ``times``."""
+    return " ".join(str(times * sum(each <= minute for each in at)) for minute in range(91))
+
+
+def _slow_nodes(nodes: int, slow: int) -> Dict[str, str]:
+    """A login every half an hour at each, of which ``slow`` nodes' take up to 1 s."""
+    made: Dict[str, str] = {}
+    for number in range(nodes):
+        at = f'job="adoptd", cluster="one", instance="n{number}", phase="account"'
+        # Another minute for each.
+        steps = " ".join(str((minute + number % 30) // 30) for minute in range(91))
+        for le in ("0.1", "0.5", "1.0", "+Inf"):
+            # Those that are slow are spread over the minutes.
+            is_in = le in ("1.0", "+Inf") or number % nodes >= slow
+            made[f'adoptd_adoption_duration_seconds_bucket{{{at}, le="{le}"}}'] = steps if is_in else "0x90"
+    return made
+
+
 CASES = (
     # A node that starts again takes up to ten minutes.
     Case("AdoptdDown", {f"up{{{_AT}}}": "1x60 0x30"}, {f"up{{{_AT}}}": "1x80 0x10"}),
     # A site without a port: the file is as it was.
     Case("AdoptdDown", _written("60+60x60 3660x30"), {**_written("60+60x90"), **_written("60x90", "other.prom")}),
+    # All agents are in a job of another name; in ours; or write files.
+    Case("AdoptdNotScraped", {'up{job="agents", instance="n1"}': "1x90"}, {f"up{{{_AT}}}": "0x90"}),
+    Case("AdoptdNotScraped", {f"up{{{_AT}}}": "1x60 stale _x29"}, _written("60+60x90")),
     # Four of thirty; and two of two, or three of thirty, which are rather those nodes' business.
     Case("AdoptdManyDown", _up(4, 26), {**_up(2, 0), **_up(3, 27, "other")}),
     Case(
@@ -87,6 +145,49 @@ CASES = (
             **_adoptions("ignored", "no_jobs", "0+1x90"),
             **_adoptions("allowed", "adopt_failure", "0+1x90", phase="session"),
         },
+    ),
+    Case(
+        # One an hour at each of sixty nodes: at none of them often.
+        "AdoptdLoginsOutsideJobs",
+        _everywhere("adoptd_adoptions_total", _OUTSIDE, 60),
+        _everywhere("adoptd_adoptions_total", _OUTSIDE, 12),
+    ),
+    Case(
+        # So, and at each moment one of many more is over its own bound, never for long; or that one alone.
+        "AdoptdLoginsOutsideJobs",
+        {
+            **_everywhere("adoptd_adoptions_total", _OUTSIDE, 60),
+            **_by_turns("adoptd_adoptions_total", _OUTSIDE),
+        },
+        _by_turns("adoptd_adoptions_total", _OUTSIDE, every=9),
+    ),
+    Case(
+        # The one node that is named does not make it many; nor do the others.
+        "AdoptdLoginsOutsideJobs",
+        {
+            **_everywhere("adoptd_adoptions_total", _OUTSIDE, 12),
+            **_steadily("adoptd_adoptions_total", _OUTSIDE, 1),
+        },
+        _everywhere("adoptd_adoptions_total", _OUTSIDE, 12),
+    ),
+    Case(
+        # The first after a restart of all: those series were there at 0.
+        "AdoptdLoginsOutsideJobs",
+        {f"adoptd_adoptions_total{{{_AT}, {_OUTSIDE}}}": "0x77 5x12"},
+        {f"adoptd_adoptions_total{{{_AT}, {_OUTSIDE}}}": "_x77 5x12"},
+    ),
+    Case(
+        "AdoptdLoginsUnanswered",
+        _everywhere("adoptd_messages_refused_total", _MALFORMED, 60),
+        _everywhere("adoptd_messages_refused_total", _MALFORMED, 12),
+    ),
+    Case(
+        "AdoptdLoginsUnanswered",
+        {
+            **_everywhere("adoptd_messages_refused_total", _MALFORMED, 60),
+            **_by_turns("adoptd_messages_refused_total", _MALFORMED),
+        },
+        _by_turns("adoptd_messages_refused_total", _MALFORMED, every=9),
     ),
     Case(
         "AdoptdLoginsUnanswered",
@@ -119,12 +220,55 @@ CASES = (
             f'adoptd_job_faults_total{{{_AT}, stage="ask_source", fault="other_cluster"}}': "0+1x90",
         },
     ),
+    Case(
+        "AdoptdJobManagerFaults",
+        _everywhere("adoptd_job_faults_total", _SILENT, 60),
+        _everywhere("adoptd_job_faults_total", _SILENT, 12),
+    ),
+    Case(
+        "AdoptdJobManagerFaults",
+        {**_everywhere("adoptd_job_faults_total", _SILENT, 60), **_by_turns("adoptd_job_faults_total", _SILENT)},
+        _by_turns("adoptd_job_faults_total", _SILENT, every=9),
+    ),
+    # At each node there is a login every half an hour, and it takes long; or one in four does.
+    Case("AdoptdLoginsSlow", _slow_nodes(60, 60), _slow_nodes(60, 15)),
     Case("AdoptdLoginsSlow", _buckets("0+50x90", "0+60x90"), _buckets("0+60x90", "0+60x90")),
     Case(
         "AdoptdSourcesDoNotAnswer",
         {**_asked("timeout", "0+2x90"), **_asked("owner", "0+4x90", "job")},
         # One in ten; an answer that says "unknown" is an answer.
         {**_asked("timeout", "0+1x90"), **_asked("owner", "0+9x90", "job"), **_asked("not_found", "0+9x90")},
+    ),
+    Case(
+        "AdoptdSourcesDoNotAnswer",
+        # Twice in half an hour from each of sixty nodes; and one of a few nodes that all ask once.
+        _everywhere("adoptd_callerid_asked_total", _TIMEOUT, 120),
+        _everywhere("adoptd_callerid_asked_total", _TIMEOUT, 60),
+    ),
+    Case(
+        "AdoptdSourcesDoNotAnswer",
+        # A third has no answer, and at each moment a node that asks more has none at all; or nearly only that one.
+        {
+            **_everywhere("adoptd_callerid_asked_total", _TIMEOUT, 60),
+            **_everywhere("adoptd_callerid_asked_total", _OWNER, 120),
+            **_by_turns("adoptd_callerid_asked_total", _TIMEOUT, times=4),
+        },
+        {
+            **_everywhere("adoptd_callerid_asked_total", _OWNER, 300),
+            **_by_turns("adoptd_callerid_asked_total", _TIMEOUT, every=9, times=4),
+        },
+    ),
+    Case(
+        "AdoptdSourcesDoNotAnswer",
+        # One node has most of all that is not answered, and is named; or of what is answered.
+        {
+            **_everywhere("adoptd_callerid_asked_total", _OWNER, 300),
+            **_steadily("adoptd_callerid_asked_total", _TIMEOUT, 9),
+        },
+        {
+            **_everywhere("adoptd_callerid_asked_total", _TIMEOUT, 60),
+            **_steadily("adoptd_callerid_asked_total", _OWNER, 20),
+        },
     ),
     Case("AdoptdAnswersNotBelieved", _asked("bad_seal", "0+1x90"), _asked("timeout", "0+1x90")),
     Case(
@@ -191,8 +335,28 @@ CASES = (
     ),
     Case(
         "AdoptdSessionsEscape",
-        {f'adoptd_escapes_total{{{_AT}, mover="systemd", outcome="readopted"}}': "0x80 1x10"},
-        {f'adoptd_escapes_total{{{_AT}, mover="systemd", outcome="readopted"}}': "7x90"},
+        {f'adoptd_escapes_total{{{_AT}, mover="root", outcome="failed"}}': "0x80 1x10"},
+        {f'adoptd_escapes_total{{{_AT}, mover="root", outcome="failed"}}': "7x90"},
+    ),
+    Case(
+        "AdoptdSessionsEscape",
+        # One after the other, as where pam_systemd comes last; and a few that a user started in a scope.
+        {f'adoptd_escapes_total{{{_AT}, mover="systemd", outcome="readopted"}}': "0+1x90"},
+        {f'adoptd_escapes_total{{{_AT}, mover="systemd", outcome="readopted"}}': "0x80 3x10"},
+    ),
+    Case(
+        "AdoptdSessionsOutside",
+        # Long after what moved it; and one whose turn to be put back was to come, or whose job was just ending.
+        {f'adoptd_sessions_outside{{{_AT}, out_of="running_job"}}': "0x10 1x80"},
+        {
+            f'adoptd_sessions_outside{{{_AT}, out_of="running_job"}}': "0x60 1x10 0x20",
+            f'adoptd_sessions_outside{{{_AT}, out_of="ended_job"}}': "0x80 2x10",
+        },
+    ),
+    Case(
+        "AdoptdSessionsOutside",
+        {f'adoptd_sessions_outside{{{_AT}, out_of="ended_job"}}': "0x60 2x30"},
+        {"adoptd_sessions{" + _AT + "}": "5x90"},
     ),
     Case(
         "AdoptdReloadFailed",

@@ -121,6 +121,15 @@ def test_variables_are_used_and_used_ones_exist() -> None:
     assert document["uid"] == "adoptd"
 
 
+def test_a_row_about_a_node_leads_to_that_node() -> None:
+    """By the variable that there is; what leads nowhere is not there."""
+    tables = [each for each in board()["panels"] if each["type"] == "table"]
+    for table in tables:
+        links = [link["url"] for link in table["fieldConfig"]["defaults"].get("links", [])]
+        assert bool(links) == ("by (" in str(table["targets"]) and "instance" in str(table["transformations"]))
+        assert all(link.startswith(f"/d/{board()['uid']}?var-node=${{__data.fields.instance}}") for link in links)
+
+
 def test_every_adoptd_metric_is_somewhere_in_the_dashboard() -> None:
     """What nobody can see need not be counted."""
     shown = {name for panel in panels() for expression, _ in panel.targets for name in metrics_of(expression)}
@@ -141,7 +150,7 @@ def test_every_alert_has_a_runbook_section_and_every_section_an_alert() -> None:
     assert sorted(sections) == sorted(rule["alert"] for rule in alerts)
     for rule in alerts:
         assert rule["labels"]["severity"] in ("critical", "warning")
-        assert set(rule["annotations"]) == {"summary", "description", "runbook"}
+        assert set(rule["annotations"]) == {"summary", "description", "runbook", "dashboard"}
         assert rule["annotations"]["runbook"] == f"docs/runbook.md#{rule['alert'].lower()}"
 
 

@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from dashboards.faster import faster, shorter
-from dashboards.faults import EXPECTED, FAULTS, scan
+from dashboards.faults import BLIND, EXPECTED, FAULTS, nobody_scraped, scan
 from dashboards.fleet import RULE_FILES, as_committed
-from dashboards.provoked import POLL_S, TIMES, Scene, patiently, scene
+from dashboards.provoked import CLUSTER, POLL_S, TIMES, Scene, patiently, scene
 from lab.etc_files import BOB
 from lab.lab import NOBODY_IN
 from lab.waiting import PATIENCE
@@ -38,20 +38,38 @@ ALSO = {
     ("AdoptdLoginsSlow", "asking"): "a machine without time takes longer than the 0.3 s that a source is waited for",
 }
 
+# What is told with an exact number, for a while at least: a node that is restarted is one more that does not answer.
+NUMBERS = (
+    ("AdoptdManyDown", CLUSTER, r"3 agents of lab do not answer$"),
+    ("AdoptdRestarts", "unprobed", r"[4-6] starts in an hour\.$"),
+    ("AdoptdMemoryGrows", "leaking", r"The agent on \S+ uses 2\d\d\.?\d*MiB "),
+    ("AdoptdSessionsOutside", "escaping", r"1 now \(running_job\): "),
+)
+
 Named = Tuple[str, str]
 
 
 @dataclass
 class Seen:
-    """What Prometheus said: the first sight of each alert that fired, by name and whom it is about."""
+    """What Prometheus said: the first sight of each alert that fired, by name and whom it is about.
+
+    ``said``: all that the texts of each ever were, since the number in them may be another a moment later.
+    """
 
     fired: Dict[Named, Dict[str, Any]] = field(default_factory=dict)
     now: Set[Named] = field(default_factory=set)
+    said: Dict[Named, Set[str]] = field(default_factory=dict)
 
     def look(self, up: Scene) -> None:
         found = {(each["labels"]["alertname"], up.about(each["labels"])): each for each in up.firing()}
         self.now = set(found)
         self.fired = {**found, **self.fired}
+        for named, alert in found.items():
+            self.said.setdefault(named, set()).update(alert["annotations"].values())
+
+    def has_said(self, name: str, about: str, pattern: str) -> bool:
+        """Whether one of an alert's texts was ever so, from its beginning."""
+        return any(re.match(pattern, text) for text in self.said.get((name, about), ()))
 
 
 @dataclass
@@ -72,7 +90,7 @@ def provoked() -> Iterator[Provoked]:
             mend.enter_context(fault.make(up))
             seen.look(up)
         everyday_life(up)
-        _watch(up, seen, lambda: set(EXPECTED) <= set(seen.fired), FIRING_S)
+        _watch(up, seen, lambda: set(EXPECTED) <= set(seen.fired) and all(map(seen.has_said, *zip(*NUMBERS))), FIRING_S)
         yield Provoked(up, seen, mend)
 
 
@@ -175,7 +193,7 @@ def test_a_group_with_its_own_interval_is_refused() -> None:
 
 
 def test_every_alert_has_a_fault() -> None:
-    assert {name for name, _ in EXPECTED} == set(_names())
+    assert {name for name, _ in (*EXPECTED, BLIND)} == set(_names())
 
 
 @pytest.mark.parametrize(("name", "about"), EXPECTED)
@@ -190,6 +208,8 @@ def test_the_fault_is_alerted_on(provoked: Provoked, name: str, about: str) -> N
     assert texts["runbook"] == rule["annotations"]["runbook"]
     where = labels.get("instance") or labels["cluster"]
     assert where in texts["summary"]
+    nodes = f"&var-node={labels['instance']}" if "instance" in labels else ""
+    assert texts["dashboard"] == f"/d/adoptd?from=now-3h&var-cluster={labels['cluster']}{nodes}"
     for text in (texts["summary"], texts["description"]):
         assert re.search(r"\{\{|\}\}|<no value>|<error|%!|NaN|\[\]|\(\)|  ", text) is None, text
         # Nobody reads 12.857142857142858 at night.
@@ -199,20 +219,9 @@ def test_the_fault_is_alerted_on(provoked: Provoked, name: str, about: str) -> N
         assert labels[label] in texts["description"], label
 
 
-def test_the_numbers_told_are_those_counted(provoked: Provoked) -> None:
-    """Of three whose value is exact."""
-    fired = provoked.seen.fired
-    assert fired[("AdoptdManyDown", "lab")]["annotations"]["summary"] == "3 agents of lab do not answer"
-    assert re.fullmatch(r"[4-6] starts in an hour\.", _description(fired, "AdoptdRestarts", "unprobed"))
-    assert re.match(r"The agent on \S+ uses 2\d\d\.?\d*MiB ", _summary(fired, "AdoptdMemoryGrows", "leaking"))
-
-
-def _description(fired: Dict[Named, Dict[str, Any]], name: str, about: str) -> str:
-    return str(fired[(name, about)]["annotations"]["description"])
-
-
-def _summary(fired: Dict[Named, Dict[str, Any]], name: str, about: str) -> str:
-    return str(fired[(name, about)]["annotations"]["summary"])
+@pytest.mark.parametrize(("name", "about", "pattern"), NUMBERS)
+def test_the_numbers_told_are_those_counted(provoked: Provoked, name: str, about: str, pattern: str) -> None:
+    assert provoked.seen.has_said(name, about, pattern), provoked.seen.said.get((name, about))
 
 
 @pytest.mark.parametrize(("name", "about"), EXPECTED)
@@ -236,3 +245,14 @@ def test_every_rule_was_evaluated_without_error(mended: Provoked) -> None:
     rules = [rule for group in mended.up.prometheus.get("/api/v1/rules")["groups"] for rule in group["rules"]]
     assert [(rule["name"], rule["lastError"]) for rule in rules if rule["health"] != "ok"] == []
     assert len(rules) == sum(len(_rules(as_committed(name))) for name in RULE_FILES)
+
+
+def test_a_prometheus_that_scrapes_no_agent_says_so_and_nothing_else(mended: Provoked) -> None:
+    """After all others, since it ends them; and back again it is quiet."""
+    up, seen = mended.up, Seen()
+    with nobody_scraped(up):
+        _watch(up, seen, lambda: BLIND in seen.now, FIRING_S)
+        assert seen.now == {BLIND}
+        assert seen.has_said(*BLIND, r"There is no target in a scrape job called adoptd, ")
+    _watch(up, seen, lambda: not seen.now, QUIET_S)
+    assert seen.now == set()

@@ -8,7 +8,7 @@ import ipaddress
 import os
 import pwd
 import socket
-from typing import Dict, Iterator
+from typing import Dict, Iterator, List, Tuple
 
 import pytest
 from control_scene import ControlScene
@@ -17,7 +17,7 @@ from fakes import ALICE, BOB, FakeAsker, FakeBackend, connection, job
 from adoptd.callerid import Told
 from adoptd.control import Asking, CommandRefused
 from adoptd.jobs import CgroupFinding, CgroupVerdict
-from adoptd.model import JobManagerError, Owner, Witness
+from adoptd.model import Connection, JobManagerError, Owner, Witness
 from adoptd.wire.callerid import Outcome
 from adoptd.wire.control import Command, Result
 
@@ -63,8 +63,8 @@ def node() -> Iterator[Node]:
         ("explain", {"user": "no-such-user-here"}, "there is no user 'no-such-user-here'"),
         ("explain", {"user": "root", "from": "nowhere"}, "'nowhere' is not IPV4:PORT"),
         ("explain", {"user": "root", "from": "127.0.0.1:1", "to": "[::1]:22"}, "different IP versions"),
-        ("explain", {"user": "root", "options": "action_unknown=guess"}, "action_unknown is 'guess', expected one of"),
-        ("explain", {"user": "root", "options": "action_no_jobs=allow"}, "action_no_jobs is allow, expected one of"),
+        ("explain", {"user": "root", "options": "action_unknown=guess"}, "action_unknown is 'guess', expected newest"),
+        ("explain", {"user": "root", "options": "action_no_jobs=allow"}, "action_no_jobs is 'allow', expected deny"),
         ("explain", {"user": "root", "options": "single_job_skip_rpc=yes"}, "single_job_skip_rpc is 'yes', expected 0"),
     ],
 )
@@ -158,8 +158,64 @@ def test_the_job_manager_is_down(node: Node) -> None:
 def test_another_user_s_connection_is_not_told(node: Node) -> None:
     """Neither its job nor its process, uid or witness."""
     told = node.do("whois", BOB, **SPELLED)
-    assert (told["outcome"], told["reason"]) == ("unknown", "other_user")
+    assert (told["outcome"], told["reason"]) == ("unknown", "not_found")
     assert [told[key] for key in ("job", "witness", "uid", "pid", "comm", "detail")] == [None] * 5 + [""]
+
+
+@pytest.mark.parametrize("reason", ["other_user", "job_not_told", "slurmd_names_other"])
+def test_explaining_tells_no_more_of_others_connections_than_whois(node: Node, reason: str) -> None:
+    """The question of an explanation is asked in its user's name, over a connection of anybody's."""
+    node.backend.jobs.append(job("17", 65534, identity=(4,)))
+    assert node.asker is not None
+
+    def stages(uid: int, why: str) -> List[Tuple[object, object]]:
+        assert node.asker is not None
+        node.asker.told = Told(Outcome.UNKNOWN, why)
+        found = node.do(
+            "explain", uid, user=NOBODY_NAME, options="single_job_skip_rpc=0", **{"from": "127.0.0.9:40000"}
+        )
+        assert isinstance(found["stages"], list)
+        return [(stage["stage"], stage["found"]) for stage in found["stages"]]
+
+    nobody_s = "slurmd_names_none" if reason.startswith("slurmd") else "not_found"
+    assert stages(65534, reason) == stages(65534, nobody_s)
+    assert ("ask_source", f"unknown: {reason}") in stages(0, reason), "root is told"
+
+
+def test_who_is_not_root_is_told_one_thing_of_all_that_is_not_theirs() -> None:
+    """That another user has a connection, that nobody has it, that or that its job is not known; root is told which."""
+    theirs, nobody_s, not_told = (connection(port) for port in (40000, 40001, 40002))
+    owners = {theirs: Owner(Witness.BPF, ALICE, cgroup_id=1), not_told: Owner(Witness.BPF, ALICE)}
+    backend = FakeBackend(job("17"))
+    backend.of_cgroup[1] = CgroupVerdict(CgroupFinding.JOB, "test", job("17"))
+    with contextlib.closing(ControlScene(backend, owners)) as scene:
+
+        def whois(ends: Connection, uid: int) -> Result:
+            command = Command("whois", {"source": str(ends.source), "destination": str(ends.destination)})
+            return asyncio.run(scene.control.execute(command, Asking(uid)))
+
+        told = [{**whois(ends, BOB), "connection": ""} for ends in (theirs, nobody_s, not_told)]
+        assert told[0] == told[1] == told[2]
+        reasons = [whois(ends, 0)["reason"] for ends in (theirs, nobody_s, not_told)]
+        assert reasons == ["owner", "not_found", "job_not_told"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"), [("other_user", "not_found"), ("disagreement", "not_found"), ("timeout", "timeout")]
+)
+def test_another_node_s_reason_is_root_s_to_know(node: Node, reason: str, shown: str) -> None:
+    """Why it did not answer is no secret of anybody's."""
+    assert node.asker is not None
+    node.asker.told = Told(Outcome.UNKNOWN, reason)
+    assert node.do("whois", BOB, at="127.0.0.1", **SPELLED)["reason"] == shown
+    assert node.do("whois", 0, at="127.0.0.1", **SPELLED)["reason"] == reason
+
+
+def test_the_configuration_is_root_s_to_see(node: Node) -> None:
+    """It says which keys there are, and where."""
+    with pytest.raises(CommandRefused, match="only root may see the configuration"):
+        node.do("configuration", ALICE)
+    assert node.do("configuration", 0)["pid"] == os.getpid()
 
 
 def test_one_s_own_connection_is_told(node: Node) -> None:

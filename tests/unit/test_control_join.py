@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 from control_scene import ControlScene
 from fakes import ALICE, BOB, FakeBackend, connection, job, sample, until
 
-from adoptd.control import Asking, CommandRefused, Rates, joining
+from adoptd.control import Asking, CommandRefused, Rates, joining, tree
 from adoptd.control.joining import JoinOutcome, JoinRefused
 from adoptd.control.rates import JOINS_MAX, JOINS_WITHIN_S
 from adoptd.deadline import Deadline
@@ -132,7 +134,7 @@ class Node(ControlScene):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
-            process.communicate(timeout=10)
+            process.communicate(timeout=60)
         for handle in self.handles:
             handle.close()
         super().close()
@@ -404,6 +406,48 @@ def test_a_job_with_a_container_is_not_entered_from_outside(node: Node) -> None:
     assert node.join("17", asking)["outcome"] == "joined"
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_session_whose_namespaces_cannot_be_seen(node: Node, monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
+    """It ended in the meantime, or the agent has no descriptor left: said in words, and nothing is moved."""
+    pids = node.family()
+    node.session(pids[0])
+    asking = Asking(ALICE, node.handle(pids[1]))
+    listed = os.listdir
+
+    def list_or_fail(path: str) -> List[str]:
+        if path != f"/proc/{pids[0]}/ns":
+            return listed(path)
+        if not ended:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        node.processes[0].kill()
+        node.processes[0].wait()
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(os, "listdir", list_or_fail)
+    assert node.refused("18", asking) is (JoinOutcome.NO_SESSION if ended else JoinOutcome.UNAVAILABLE)
+    assert node.words == "the session has ended" if ended else "Too many open files" in node.words
+    assert node.backend.moves == []
+
+
+def test_a_session_that_cannot_be_listed_is_joined_as_far_as_it_was(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader is in the job by then: that is what is said, and not that nothing was moved."""
+    pids = node.family()
+    node.session(pids[0])
+
+    def look() -> Dict[int, tree.Row]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(joining, "look", look)
+    result = node.join("18", Asking(ALICE, node.handle(pids[1])))
+    assert (result["outcome"], result["moved"]) == ("partly", 1)
+    left = result["left"]
+    assert isinstance(left, list)
+    assert [(each["pid"], "Too many open files" in each["why"]) for each in left] == [(pids[0], True)]
+    assert node.backend.moves == [pids[0]]
+
+
 # ---- how often
 
 
@@ -527,3 +571,17 @@ def test_explain_takes_one_or_the_other(node: Node, arguments: Dict[str, str]) -
     """A session, or a user with what goes with one."""
     with pytest.raises(CommandRefused):
         asyncio.run(node.control.execute(Command("explain", arguments), Asking(0)))
+
+
+def test_a_pid_that_has_passed_to_another_process_is_not_moved(node: Node) -> None:
+    """Between the look at the session and the move: the one that was seen has ended, and is not spoken of."""
+    leader, child, _ = node.family()
+    session = node.session(leader)
+    row = tree.look_at(child)
+    assert row is not None
+    seen = dataclasses.replace(row, start_ticks=row.start_ticks - 1)
+    deadline = Deadline.after_ms(30_000)
+    assert joining._move_one(node.backend, session, NEW, seen, deadline) is None
+    assert node.backend.moves == []
+    assert joining._move_one(node.backend, session, NEW, row, deadline) is None
+    assert node.backend.moves == [child]

@@ -114,6 +114,40 @@ def test_an_event_without_fields_is_one_all_the_same(journald: Journald) -> None
     assert entry["CODE_MODULE"] == b"adoptd.jobs.slurm"
 
 
+@pytest.mark.parametrize(
+    ("event", "given", "expected"),
+    [
+        (
+            "callerid_answered",
+            {"peer": "fd00::1", "outcome": "job", "reason": "owner", "job": "17", "latency_ms": 1.5},
+            {"REMOTE_ADDR": b"fd00::1", "DECISION": b"job", "REASON": b"owner", "ADOPTD_OUTCOME": b"job"},
+        ),
+        ("join", {"outcome": "joined", "job": "18"}, {"DECISION": b"joined", "JOB_ID": b"18"}),
+        (
+            "escape",
+            {"outcome": "failed", "mover": "root", "job": "17", "remote": "10.0.0.1"},
+            {"DECISION": b"failed", "REASON": b"root", "JOB_ID": b"17", "REMOTE_ADDR": b"10.0.0.1"},
+        ),
+        (
+            "observed_disagreement",
+            {"would": "adopt", "would_be_job": "17", "in_job": "18", "reason": "newest"},
+            {"DECISION": b"adopt", "JOB_ID": b"17", "REASON": b"newest", "ADOPTD_IN_JOB": b"18"},
+        ),
+        # Who sent it may be a uid here.
+        ("refused", {"peer": "uid 1001", "reason": "too_many"}, {"ADOPTD_PEER": b"uid 1001", "REASON": b"too_many"}),
+    ],
+)
+def test_every_decision_is_found_by_the_same_fields(
+    journald: Journald, event: str, given: Dict[str, log.Field], expected: Dict[str, bytes]
+) -> None:
+    """Whatever its line calls them, which it keeps under its own name."""
+    with logging_to(journald.path):
+        log.info(event, **given)
+    entry = journald.entry()
+    assert {name: entry.get(name) for name in expected} == expected
+    assert ("REMOTE_ADDR" in entry) == ("REMOTE_ADDR" in expected)
+
+
 @pytest.mark.parametrize("value", HOSTILE)
 def test_a_value_cannot_become_another_field(journald: Journald, value: str) -> None:
     """A user's name with a newline is one value, printable."""

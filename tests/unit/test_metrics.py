@@ -21,6 +21,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from adoptd.callerid import AnswerStage, AskFault
 from adoptd.metrics import Door, Metrics, Pool, Refusal
 from adoptd.model import JobFault, Witness
+from adoptd.monitoring import begin_at_zero
 from adoptd.probe.record import COUNTERS
 from adoptd.wire.callerid import Outcome, Reason
 
@@ -43,6 +44,7 @@ def filled() -> Metrics:
     metrics.count_observed("agree", "that_job", "adopt")
     metrics.count_job_fault("adopt", JobFault.JOB_ENDED)
     metrics.count_escape("systemd", "readopted")
+    metrics.show_outside({"running_job": 1})
     metrics.joins.labels("joined").inc()
     metrics.watch_queue(Pool.JOBS, lambda: 3)
     metrics.watch_host(lambda: {"bcc": "0.26.0", "schema": "ab12", "job_manager": "slurm", "cgroups": "hybrid"})
@@ -104,6 +106,27 @@ def test_label_values_are_plain_words() -> None:
         for value in itertools.chain.from_iterable(labels.values()):
             assert value.replace("_", "").isalnum()
             assert value == value.lower()
+
+
+def test_what_a_critical_alert_counts_begins_at_zero() -> None:
+    """Of a series that begins at 1 Prometheus sees no increase: the first login at each node after a bad roll-out."""
+    metrics = Metrics()
+    begin_at_zero(metrics)
+    read = metrics.registry.get_sample_value
+    at = {"phase": "account", "mode": "enforce", "witness": "none"}
+    outside = itertools.product(("allowed",), ("generic_failure", "adopt_failure", "unknown", "named_failed"))
+    for outcome, reason in (*outside, ("ignored", "generic_failure"), ("denied", "no_jobs"), ("adopted", "only_job")):
+        assert read("adoptd_adoptions_total", {**at, "outcome": outcome, "reason": reason}) == 0
+    for reason in ("malformed", "internal", "unavailable"):
+        assert read("adoptd_messages_refused_total", {"socket": "pam", "reason": reason}) == 0
+    for mover, escape in itertools.product(("root", "self", "unknown"), ("failed", "reported", "readopted")):
+        assert read("adoptd_escapes_total", {"mover": mover, "outcome": escape}) == 0
+    # And each of them is one that can be.
+    for family in metrics.registry.collect():
+        for sample in family.samples:
+            for label, value in sample.labels.items():
+                if family.name in CLOSED:
+                    assert value in CLOSED[family.name][label]
 
 
 def test_unknown_is_absent_and_not_zero() -> None:

@@ -177,6 +177,105 @@ def test_what_cannot_be_told_is_looked_at_a_few_times() -> None:
     assert looks == RETRIES + 1
 
 
+# ---- what is outside now
+
+
+def gone(pid: int) -> Found:
+    return Found(pid, Place.JOB_ENDED, "0::/\n")
+
+
+def strays(book: Book) -> Dict[str, List[int]]:
+    return {name: sorted(each.found) for name, each in book.cases.strays().items()}
+
+
+def look(book: Book, *pids: int) -> Task:
+    """The next look at the session: at the processes named, or at all of it."""
+    for pid in pids:
+        book.cases.suspect(session(), 0.0, move(pid))
+    if not pids:
+        book.cases.suspect(session(), 0.0)
+    (task,) = book.take(1e9)
+    return task
+
+
+def test_what_is_outside_is_known_until_it_is_seen_elsewhere() -> None:
+    book = Book(session())
+    book.on_escape = OnEscape.REPORT
+    book.settle(look(book, 1, 2), 0.0, outside(1), outside(2))
+    assert strays(book) == {"100-7": [1, 2]}
+    # A look at one says nothing of the other; one that cannot tell says nothing at all.
+    book.settle(look(book, 1), 0.0)
+    assert strays(book) == {"100-7": [2]}
+    book.cases.settle(Finding(look(book), (), (Found(2, Place.UNSURE),), None), 0.0)
+    assert strays(book) == {"100-7": [2]}
+    book.settle(look(book), 0.0, outside(3))
+    assert strays(book) == {"100-7": [3]}
+    book.settle(look(book), 0.0)
+    assert strays(book) == {}
+
+
+def test_what_was_moved_back_is_not_outside_and_what_could_not_be_is() -> None:
+    book = Book(session())
+    book.settle(look(book), 1e6, outside(1), outside(2), back=Return(1, ("no",), (outside(2),)))
+    assert strays(book) == {"100-7": [2]}
+    book.settle(look(book), 2e6, outside(2), back=Return(1, ()))
+    assert strays(book) == {}
+
+
+def test_one_whose_turn_to_be_moved_back_has_not_come_is_outside() -> None:
+    book = Book(session())
+    book.settle(look(book, 1), 1000.0, outside(1), back=Return(1, ()))
+    book.cases.suspect(session(), 1000.0, move(1))
+    (task,) = book.take(1000.0)
+    assert not task.returns
+    book.settle(task, 1000.0, outside(1))
+    assert strays(book) == {"100-7": [1]}
+
+
+def test_out_of_a_job_that_has_ended_is_outside_and_no_escape() -> None:
+    book = Book(session())
+    assert book.cases.settle(Finding(look(book), (), (), None, (gone(1),)), 0.0) is None
+    assert strays(book) == {"100-7": [1]}
+    assert book.cases.strays()["100-7"].job_ended
+    book.settle(look(book), 0.0, outside(1), back=Return(0, ("no",), (outside(1),)))
+    assert not book.cases.strays()["100-7"].job_ended
+
+
+def test_put_into_a_job_nothing_is_outside_and_what_was_given_up_is_tried_again() -> None:
+    book, now = Book(session()), 1e6
+    for _ in range(READOPTIONS_MAX):
+        book.cases.suspect(session(), now)
+        (task,) = book.take(now)
+        book.settle(task, now, outside(1), back=Return(0, ("no",), (outside(1),)))
+        now += 100.0
+    assert book.cases.is_given_up(session())
+    late = look(book)
+    assert book.cases.reassigned(session())
+    assert strays(book) == {}
+    # What was seen while somebody put it there is of before.
+    book.settle(late, now, outside(1))
+    assert strays(book) == {}
+    assert not book.cases.is_given_up(session())
+    assert look(book).returns
+    # Where nothing was outside nothing is forgiven: a user who joins again and again is not fought for ever.
+    assert not book.cases.reassigned(session())
+
+
+def test_of_a_session_that_is_forgotten_nothing_is_outside() -> None:
+    book = Book(session())
+    book.on_escape = OnEscape.REPORT
+    book.settle(look(book), 0.0, outside(1))
+    book.cases.keep({}.get)
+    assert strays(book) == {}
+
+
+def test_so_many_of_one_session_are_named() -> None:
+    book = Book(session())
+    book.on_escape = OnEscape.REPORT
+    book.settle(look(book), 0.0, *(outside(pid) for pid in range(1, 1000)))
+    assert len(strays(book)["100-7"]) == SUSPECTS_MAX
+
+
 def test_a_session_fills_no_log() -> None:
     book = Book(session())
     said: Tuple[Optional[bool], ...] = tuple(book.cases.line(session()) for _ in range(1000))

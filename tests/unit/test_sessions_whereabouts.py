@@ -105,6 +105,14 @@ def test_a_job_that_has_ended_is_no_escape(child: subprocess.Popen[bytes]) -> No
     assert places(found) == [Place.JOB_ENDED]
 
 
+@pytest.mark.parametrize(
+    ("where", "place"), [(MY_OTHER, Place.OTHER_JOB), (BOBS, Place.JOB_ENDED), (Ambiguous("moved"), Place.JOB_ENDED)]
+)
+def test_after_its_job_a_process_may_be_in_another(child: subprocess.Popen[bytes], where: object, place: Place) -> None:
+    found = Whereabouts().look(Counting(where, MY_OTHER, BOBS), session_of(child.pid), [child.pid], soon())
+    assert places(found) == [place]
+
+
 def test_a_manager_that_cannot_be_asked_is_no_escape(child: subprocess.Popen[bytes]) -> None:
     backend = Counting(None, MINE)
     backend.down = "slurmstepd does not answer"
@@ -156,8 +164,19 @@ def test_one_that_cannot_be_moved_is_named(child: subprocess.Popen[bytes]) -> No
     backend.cannot_adopt["17"] = "EBUSY"
     outside = [Found(child.pid, Place.OUTSIDE, "0::/\n")]
     back = Whereabouts().bring_back(backend, session_of(child.pid), outside, Relatives(child.pid), at_once, soon())
-    assert (back.moved, back.failed) == (0, ("EBUSY",))
+    assert (back.moved, back.failed, back.left) == (0, ("EBUSY",), tuple(outside))
     assert len(backend.tried) == 1
+
+
+def test_whose_turn_it_is_not_stays_outside(child: subprocess.Popen[bytes]) -> None:
+    @contextlib.contextmanager
+    def never(session: Session, deadline: Deadline) -> Iterator[bool]:
+        yield False
+
+    outside = [Found(child.pid, Place.OUTSIDE, "0::/\n"), Found(1, Place.OUTSIDE, "0::/\n")]
+    relatives = Relatives(child.pid)
+    back = Whereabouts().bring_back(Counting(None, MINE), session_of(child.pid), outside, relatives, never, soon())
+    assert (back.moved, back.failed, back.left) == (0, (), tuple(outside))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, Tuple
 
 import pytest
 from control_scene import ControlScene
@@ -20,11 +20,16 @@ from nobody import NOBODY, environment, nobody_command, public_path
 from adoptd.client import AgentError, follow_agent
 from adoptd.control import Asking, CommandRefused, Control
 from adoptd.control.watching import shown
+from adoptd.deadline import Deadline
 from adoptd.events import BACKLOG, WATCHERS_MAX_PER_UID, Event, EventKind
 from adoptd.handlers import Desk, Handlers
 from adoptd.metrics import Door
-from adoptd.model import Job
+from adoptd.model import Job, JobFault, JobManagerError
+from adoptd.printing import print_sessions
+from adoptd.process import open_process
 from adoptd.server import USER_MAX_PER_UID, Doorkeeper
+from adoptd.sessions import Strays
+from adoptd.sessions.whereabouts import Found, Place
 from adoptd.sockets import bind_unix
 from adoptd.wire import control as control_wire
 from adoptd.wire import frame
@@ -310,6 +315,107 @@ def test_a_socket_that_was_handed_on_speaks_for_who_connected(public_path: Path)
             assert int(sent) == connects.pid
 
     run(story)
+
+
+# ---- where there is nothing to tell of
+
+
+def test_where_no_job_can_run_whereami_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A login node: its agent answers other nodes, and there is no slurmd. Other faults are told as they are."""
+
+    async def story() -> None:
+        async with agent(tmp_path) as here:
+            said = "slurmd's spool directory /var/spool/slurmd: No such file or directory"
+            for fault, helps in ((JobFault.SPOOL_UNREADABLE, True), (JobFault.OTHER, False)):
+
+                def fail(uid: int, deadline: Deadline, fault: JobFault = fault) -> Tuple[Job, ...]:
+                    raise JobManagerError(said, fault)
+
+                monkeypatch.setattr(here.backend, "jobs_of", fail)
+                client = Client(here.path, "whereami")
+                told = await client.reply()
+                client.socket.close()
+                assert said in told
+                assert ("login node" in told, "squeue --me" in told) == (helps, helps)
+
+    run(story)
+
+
+def test_where_no_job_can_run_jobs_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To root and to others."""
+
+    async def story() -> None:
+        async with agent(tmp_path) as here:
+
+            def fail(deadline: Deadline) -> Tuple[Job, ...]:
+                raise JobManagerError("slurmd's spool directory: gone", JobFault.SPOOL_UNREADABLE)
+
+            monkeypatch.setattr(here.backend, "all_jobs", fail)
+            client = Client(here.path, "jobs")
+            told = await client.reply()
+            client.socket.close()
+            assert "login node" in told
+
+    run(story)
+
+
+def test_sessions_have_what_is_outside_of_their_jobs(tmp_path: Path) -> None:
+    """As the gauge counts it, and those that have ended for as long as something of theirs is outside."""
+
+    async def story() -> None:
+        async with agent(tmp_path) as here:
+            child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+            for pid in (os.getpid(), child.pid):
+                with open_process(pid) as process:
+                    here.sessions.add(
+                        process,
+                        uid=ALICE,
+                        user="alice",
+                        job=job("17"),
+                        witness=None,
+                        reason="only_job",
+                        connection=None,
+                        service="sshd",
+                        stages=(),
+                    )
+            mine, childs = here.sessions.all()
+            child.communicate()
+            await until(lambda: len(here.sessions) == 1)
+
+            async def listed() -> List[Any]:
+                client = Client(here.path, "sessions")
+                rows = (await client.reply())["sessions"]
+                client.socket.close()
+                return [(row["session"], row["outside"], row["job_ended"], row["ended"]) for row in rows]
+
+            assert await listed() == [(mine.id, [], False, False)]
+            here.sessions.strays = {childs.id: Strays({9: Found(9, Place.JOB_ENDED, "0::/x\n")})}
+            left = [{"pid": 9, "cgroup": "/x"}]
+            assert await listed() == [(mine.id, [], False, False), (childs.id, left, True, True)]
+            here.sessions.strays = {mine.id: Strays({9: Found(9, Place.OUTSIDE, "0::/x\n")})}
+            assert await listed() == [(mine.id, left, False, False)]
+            # In cgroups of any name, and as many as are looked at: root's own command must not break of it.
+            many = {pid: Found(pid, Place.OUTSIDE, "0::/" + "\udcff" * 400 + "\n") for pid in range(64)}
+            here.sessions.strays = {mine.id: Strays(many)}
+            client = Client(here.path, "sessions")
+            row = (await client.reply())["sessions"][0]
+            client.socket.close()
+            assert (len(row["outside"]), row["outside_count"]) == (8, 64)
+
+    run(story)
+
+
+def test_what_is_outside_is_a_line_below_its_session(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"session": "8-1", "user": "alice", "job": "17", "since": 0.0, "reason": "only_job", "witness": None}
+    outside = [{"pid": 9, "cgroup": "/x"}, {"pid": 10, "cgroup": "/y"}]
+    rows = [{**row, "outside": outside}, {**row, "outside": outside[1:], "job_ended": True, "ended": True}, row]
+    print_sessions({"sessions": rows})
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(" ")] == [
+        "  outside: process 9 in /x\\x1b, not in its job",
+        "  outside: process 10 in /y, not in its job",
+        "  has ended, and left what is outside behind",
+        "  outside: process 10 in /y, its job has ended",
+    ]
 
 
 # A child becomes nobody, connects and stays; its parent, root, sends the command over that socket.

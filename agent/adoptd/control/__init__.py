@@ -13,14 +13,15 @@ import time
 from typing import AsyncGenerator, Awaitable, Callable, Dict, Iterable, List, Mapping, Tuple
 
 from adoptd import __version__, config
+from adoptd.callerid import reason_for, reason_told
 from adoptd.control.asking import Asking, CommandRefused, Parts, parse_connection
 from adoptd.control.explaining import explain, list_sessions
 from adoptd.control.joining import join
 from adoptd.control.rates import Rates
 from adoptd.control.watching import results, subscribe
-from adoptd.control.whereami import whereami
+from adoptd.control.whereami import in_words, whereami
 from adoptd.deadline import Deadline
-from adoptd.model import IPAddress
+from adoptd.model import IPAddress, JobManagerError
 from adoptd.wire.control import Command, Result
 
 __all__ = ["ABOUT_THE_CALLER", "COMMAND_MS", "WATCH", "Asking", "CommandRefused", "Control", "Parts", "Rates"]
@@ -122,10 +123,13 @@ async def _configuration(parts: Parts, arguments: Mapping[str, str], asking: Ask
 
 
 async def _list_jobs(parts: Parts, arguments: Mapping[str, str], asking: Asking, deadline: Deadline) -> Result:
-    if asking.uid == 0:
-        jobs = await parts.workers.run(lambda: parts.jobs.all_jobs(deadline), deadline)
-    else:
-        jobs = await parts.workers.run(lambda: parts.jobs.jobs_of(asking.uid, deadline), deadline)
+    try:
+        if asking.uid == 0:
+            jobs = await parts.workers.run(lambda: parts.jobs.all_jobs(deadline), deadline)
+        else:
+            jobs = await parts.workers.run(lambda: parts.jobs.jobs_of(asking.uid, deadline), deadline)
+    except JobManagerError as error:
+        raise in_words(error) from None
     return {"jobs": [{"job": job.id, "uid": job.uid} for job in jobs]}
 
 
@@ -142,7 +146,7 @@ async def _whois(parts: Parts, arguments: Mapping[str, str], asking: Asking, dea
             "connection": str(connection),
             "at": str(at),
             "outcome": told.outcome.value,
-            "reason": told.reason,
+            "reason": reason_told(asking.uid, told.reason),
             "job": told.job_id,
             "witness": None if told.witness is None else told.witness.value,
             "moved": told.moved,
@@ -156,7 +160,7 @@ async def _whois(parts: Parts, arguments: Mapping[str, str], asking: Asking, dea
         "connection": str(connection),
         "at": "this node",
         "outcome": settled.outcome.value,
-        "reason": settled.reason.value,
+        "reason": reason_for(asking.uid, settled.reason).value,
         "job": None if settled.job is None else settled.job.id,
         "witness": None if owner is None else owner.witness.value,
         "moved": settled.moved,

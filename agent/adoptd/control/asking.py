@@ -22,6 +22,7 @@ from adoptd.events import Events
 from adoptd.jobs import JobBackend
 from adoptd.metrics import Metrics
 from adoptd.model import AdoptdError, Connection, Endpoint
+from adoptd.pam_lines import OPTIONS
 from adoptd.policy import ALLOWED_ACTIONS, Action, Options
 from adoptd.process import ProcessHandle
 from adoptd.sessions import PendingLogins, Sessions
@@ -123,29 +124,40 @@ def local_end(remote: Endpoint) -> Endpoint:
         return Endpoint(ipaddress.ip_address(str(sock.getsockname()[0]).partition("%")[0]), SSH_PORT)
 
 
-def parse_options(text: str) -> Tuple[Options, bool]:
-    """``name=value`` words, as on the PAM line, and whether root is let pass (ignore_root=).
+@dataclass(frozen=True)
+class PamWords:
+    """What the options of a PAM line come to for a decision.
 
-    Those that do not change the decision are passed over. Raises CommandRefused.
+    ``root_passes``: root is let pass before anybody is asked (ignore_root=). ``nodename``: whose jobs count, "" for
+    this node's.
+    """
+
+    options: Options
+    root_passes: bool
+    nodename: str
+
+
+def parse_options(text: str) -> PamWords:
+    """``name=value`` words, as on the PAM line. Those that do not change the decision are checked and passed over.
+
+    Raises CommandRefused for what the module would refuse: then it asks nobody, and lets nobody in but root.
     """
     chosen: Dict[str, Action] = {}
-    flags = {"single_job_skip_rpc": True, "ignore_root": True}
+    given = {"single_job_skip_rpc": "1", "ignore_root": "1", "nodename": ""}
     for word in text.split():
         name, _, value = word.partition("=")
+        name = name.lower()
+        if name not in OPTIONS:
+            raise CommandRefused(f"{name} is no option of pam_adopt.so, expected one of {', '.join(OPTIONS)}")
+        accepts, expected = OPTIONS[name]
+        if not accepts(value):
+            raise CommandRefused(f"{name} is {value!r}, expected {expected}")
         if name in ALLOWED_ACTIONS:
-            try:
-                chosen[name] = Action(value.lower())
-            except ValueError:
-                words = ", ".join(sorted(action.value for action in ALLOWED_ACTIONS[name]))
-                raise CommandRefused(f"{name} is {value!r}, expected one of {words}") from None
-        elif name in flags:
-            if value not in ("0", "1"):
-                raise CommandRefused(f"{name} is {value!r}, expected 0 or 1")
-            flags[name] = value == "1"
-    try:
-        return Options(single_job_skip_rpc=flags["single_job_skip_rpc"], **chosen), flags["ignore_root"]
-    except ValueError as error:
-        raise CommandRefused(str(error)) from None
+            chosen[name] = Action(value.lower())
+        elif name in given:
+            given[name] = value
+    options = Options(single_job_skip_rpc=given["single_job_skip_rpc"] == "1", **chosen)
+    return PamWords(options, given["ignore_root"] == "1", given["nodename"])
 
 
 def shown_stages(stages: Sequence[Tuple[str, str, float]]) -> List[Dict[str, object]]:

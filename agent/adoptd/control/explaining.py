@@ -6,8 +6,9 @@ Changes nothing. Who asks is told of their own logins and sessions only, root of
 
 from __future__ import annotations
 
-from typing import Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Set
 
+from adoptd.adoption import Adoptions
 from adoptd.control.asking import (
     Asking,
     CommandRefused,
@@ -22,8 +23,14 @@ from adoptd.control.asking import (
 from adoptd.deadline import Deadline
 from adoptd.decision import Login
 from adoptd.model import Ambiguous, JobManagerError
-from adoptd.sessions import Session
+from adoptd.pam_lines import adopt_lines
+from adoptd.sessions import Session, Strays
 from adoptd.wire.control import Result
+
+# Processes outside that one list names, of all sessions and of one: whoever may move their own out of their job makes
+# as many as they like, in cgroups of any name, and the answer has a bound (frame.CONTROL_MAX_BYTES).
+_NAMED_MAX = 256
+_NAMED_OF_ONE = 8
 
 
 async def explain(parts: Parts, arguments: Mapping[str, str], asking: Asking, deadline: Deadline) -> Result:
@@ -38,9 +45,27 @@ async def explain(parts: Parts, arguments: Mapping[str, str], asking: Asking, de
 
 
 async def list_sessions(parts: Parts, arguments: Mapping[str, str], asking: Asking, deadline: Deadline) -> Result:
-    """The sessions that live: root all, others their own."""
-    mine = (session for session in parts.sessions.all() if asking.uid in (0, session.uid))
-    return {"sessions": [shown_session(session) for session in mine]}
+    """The sessions that live, and those that left something outside of their job: root all, others their own."""
+    strays = parts.sessions.strays
+    rows: List[Dict[str, object]] = []
+    named = 0
+    for session in parts.sessions.watched():
+        ended = parts.sessions.has_ended(session)
+        if asking.uid in (0, session.uid) and (not ended or session.id in strays):
+            shown = shown_strays(strays.get(session.id), min(_NAMED_OF_ONE, _NAMED_MAX - named))
+            named += min(_NAMED_OF_ONE, _NAMED_MAX - named, shown["outside_count"])
+            rows.append({**shown_session(session), **shown, "ended": ended})
+    return {"sessions": rows}
+
+
+def shown_strays(strays: Optional[Strays], most: int) -> Dict[str, Any]:
+    """What of a session was out of its job at the last look, and whether there is a job to go back to."""
+    found = () if strays is None else tuple(strays.found.values())
+    return {
+        "outside": [{"pid": each.pid, "cgroup": each.shown} for each in found[:most]],
+        "outside_count": len(found),
+        "job_ended": strays is not None and strays.job_ended,
+    }
 
 
 def shown_session(session: Session) -> Dict[str, object]:
@@ -82,6 +107,7 @@ async def _explain_session(parts: Parts, named: str, asking: Asking, deadline: D
 
 
 async def _explain_login(parts: Parts, arguments: Mapping[str, str], asking: Asking, deadline: Deadline) -> Result:
+    """What the account phase would decide, if every job takes in whom it is asked to, and in the time of a command."""
     name = arguments["user"]
     uid = await uid_of_user(name, asking, parts.workers, deadline)
     connection = None
@@ -89,8 +115,8 @@ async def _explain_login(parts: Parts, arguments: Mapping[str, str], asking: Ask
         remote = parse_endpoint(arguments["from"])
         local = parse_endpoint(arguments["to"]) if "to" in arguments else local_end(remote)
         connection = connect(remote, local)
-    options, root_passes = parse_options(arguments.get("options", ""))
-    if uid == 0 and root_passes:
+    words = parse_options(arguments.get("options", ""))
+    if uid == 0 and words.root_passes:
         # By pam_adopt.so itself, which asks nobody then.
         return {
             "user": name,
@@ -102,7 +128,8 @@ async def _explain_login(parts: Parts, arguments: Mapping[str, str], asking: Ask
             "message": "",
             "stages": [],
         }
-    decision = await parts.adoptions.explain(Login(uid, name, connection, options), deadline)
+    adoptions = await _adoptions_at(words.nodename, parts, asking, deadline)
+    decision = await adoptions.explain(Login(uid, name, connection, words.options), deadline, asking.uid)
     return {
         "user": name,
         "verdict": decision.step.value,
@@ -113,3 +140,21 @@ async def _explain_login(parts: Parts, arguments: Mapping[str, str], asking: Ask
         "message": decision.message,
         "stages": shown_stages([(stage.name, stage.found, stage.at_ms) for stage in decision.stages]),
     }
+
+
+async def _adoptions_at(nodename: str, parts: Parts, asking: Asking, deadline: Deadline) -> Adoptions:
+    """Those that the PAM option nodename= would have. Raises CommandRefused, JobManagerError."""
+    # Each name takes one of a few places, which are for those that root has written into the PAM stack.
+    if nodename and asking.uid != 0 and nodename not in await parts.workers.run(_nodenames, deadline):
+        raise CommandRefused(f"no PAM line of sshd's here says nodename={nodename}; only root may ask as if one did")
+    return parts.adoptions.at(nodename)
+
+
+def _nodenames() -> Set[str]:
+    """What nodename= is in the PAM stack of sshd. Blocks on its files."""
+    try:
+        lines = adopt_lines("sshd")
+    except OSError:
+        return set()
+    pairs = (word.partition("=") for line in lines for word in line.words)
+    return {value for name, _, value in pairs if name == "nodename"}

@@ -108,11 +108,12 @@ async def _join(parts: Parts, session: Session, job_id: str, deadline: Deadline)
     if leader is None:
         raise JoinRefused(JoinOutcome.NO_SESSION, "the session has ended")
     others = frozenset(each.pid for each in parts.sessions.all()) - {session.pid}
+    strays = session.id in parts.sessions.strays
     with leader:
         try:
             backend = parts.jobs.for_node(session.nodename)
             job = await parts.workers.run(
-                lambda: _job_to_join(backend, session, job_id, leader, others, deadline), deadline
+                lambda: _job_to_join(backend, session, job_id, leader, others, strays, deadline), deadline
             )
         except (JobManagerError, OutOfTime, Overloaded) as error:
             raise JoinRefused(JoinOutcome.UNAVAILABLE, f"the job cannot be joined now: {error}") from None
@@ -167,9 +168,13 @@ def _job_to_join(
     job_id: str,
     leader: ProcessHandle,
     others: FrozenSet[int],
+    strays: bool,
     deadline: Deadline,
 ) -> Job:
-    """The job, if it is one the session can be moved to. Raises JoinRefused, JobManagerError."""
+    """The job, if it is one the session can be moved to. Raises JoinRefused, JobManagerError.
+
+    ``strays``: the guard saw something of the session outside; it has a list, and puts back what is not found here.
+    """
     job = next((job for job in backend.jobs_of(session.uid, deadline) if job.id == job_id), None)
     if job is None:
         # One sentence for a job that never was, has ended or is another user's: the difference is not theirs to know.
@@ -177,7 +182,7 @@ def _job_to_join(
     if (
         job == session.job
         and backend.contains(job, session.pid)
-        and not _has_strays(backend, session, others, deadline)
+        and not (strays or _has_strays(backend, session, others, deadline))
     ):
         raise JoinRefused(JoinOutcome.ALREADY, f"this session is in job {job.id} already")
     fault = _container_fault(backend, session, job, leader, deadline)
@@ -189,7 +194,7 @@ def _job_to_join(
 
 def _has_strays(backend: JobBackend, session: Session, others: FrozenSet[int], deadline: Deadline) -> bool:
     """Whether one of the session's processes, its user's own, is not in the session's job, as far as there is time."""
-    for row in members(session.pid, look(), others)[1:PROCESSES_MAX]:
+    for row in _processes_of(session, others)[1:PROCESSES_MAX]:
         if deadline.expired:
             return False
         if not backend.contains(session.job, row.pid):
@@ -213,7 +218,14 @@ def _container_fault(
         left = frozenset()
     entered = _namespaces(backend, job, deadline)
     mine = set()
-    for name in os.listdir(f"/proc/{leader.pid}/ns"):
+    try:
+        names = os.listdir(f"/proc/{leader.pid}/ns")
+    except OSError as error:
+        # Held, so the pid is nobody else's: it has ended.
+        if not leader.alive():
+            raise JoinRefused(JoinOutcome.NO_SESSION, "the session has ended") from None
+        raise JobManagerError(f"the namespaces of process {leader.pid} cannot be seen: {error.strerror}") from None
+    for name in names:
         with contextlib.suppress(OSError):
             mine.add(_identity(os.stat(f"/proc/{leader.pid}/ns/{name}")))
     if left & mine and left != entered:
@@ -270,7 +282,11 @@ def move(
     backend.adopt(leader, job, deadline)
     done: Dict[Key, Optional[str]] = {}
     for _ in range(LOOKS_MAX):
-        rows = members(session.pid, look(), others)
+        try:
+            rows = _processes_of(session, others)
+        except JobManagerError as error:
+            left = tuple(Left(pid, why) for (pid, _), why in done.items() if why is not None)
+            return Moved(1 + len(done) - len(left), (*left, Left(session.pid, str(error))))
         fresh = [row for row in rows if row.pid != session.pid and row.key not in done]
         if not fresh:
             return _counted(rows, done)
@@ -283,9 +299,17 @@ def move(
                 done[row.key] = _move_one(backend, session, job, row, deadline)
         if deadline.expired:
             return _counted(rows, done)
-    moved = _counted(members(session.pid, look(), others), done)
+    moved = _counted(rows, done)
     words = "the session starts processes faster than they are moved"
     return Moved(moved.count, (*moved.left, Left(session.pid, words)))
+
+
+def _processes_of(session: Session, others: FrozenSet[int]) -> Tuple[Row, ...]:
+    """The session's processes now, the leader first. Raises JobManagerError if they cannot be seen."""
+    try:
+        return members(session.pid, look(), others)
+    except OSError as error:
+        raise JobManagerError(f"the session's processes cannot be seen: {error.strerror}") from None
 
 
 def _counted(rows: Tuple[Row, ...], done: Mapping[Key, Optional[str]]) -> Moved:
@@ -301,7 +325,10 @@ def _move_one(backend: JobBackend, session: Session, job: Job, row: Row, deadlin
     try:
         process = open_process(row.pid)
     except AdoptionFailed as error:
-        now = look_at(row.pid)
+        try:
+            now = look_at(row.pid)
+        except JobManagerError:
+            return str(error)
         return None if now is None or now.key != row.key else str(error)
     with process:
         if process.start_ticks != row.start_ticks:

@@ -14,13 +14,17 @@ from adoptd.deadline import Deadline
 from adoptd.hierarchy import CgroupMounts
 from adoptd.jobs import JobBackend
 from adoptd.limits import Limits, limits_of
-from adoptd.model import Ambiguous, Job
+from adoptd.model import AdoptdError, Ambiguous, Job, JobFault, JobManagerError
 from adoptd.process import ProcessHandle
 from adoptd.sessions import Session
 from adoptd.wire.control import Result
 
 _NONE_HERE = "You have no job on this node, and nothing here limits or accounts what you do."
 _ELSEWHERE = "This process is in no job. Log in from inside the job you mean, or run your program through its manager."
+_NO_MANAGER = (
+    "no job runs on this node ({error}). If it is a login node, that is as it should be: ask on a node of your job "
+    "(squeue --me lists them). If it is not, tell your administrators"
+)
 _JOIN = "This process is in no job. adoptctl join JOB moves your session into one of yours."
 
 _MOUNTS = CgroupMounts()
@@ -33,7 +37,12 @@ async def whereami(parts: Parts, arguments: Mapping[str, str], asking: Asking, d
     # Within su or sudo: whose session this is, is not the business of whom it became.
     session = found if found is not None and asking.uid in (0, found.uid) else None
     backend = parts.jobs.for_node("" if session is None else session.nodename)
-    job, why, limits, theirs = await parts.workers.run(lambda: _look(backend, process, asking.uid, deadline), deadline)
+    try:
+        job, why, limits, theirs = await parts.workers.run(
+            lambda: _look(backend, process, asking.uid, deadline), deadline
+        )
+    except JobManagerError as error:
+        raise in_words(error) from None
     if not process.alive():
         raise CommandRefused("the process that connected to the agent has ended")
     others = [each.id for each in theirs if job is None or each.id != job.id]
@@ -51,6 +60,12 @@ async def whereami(parts: Parts, arguments: Mapping[str, str], asking: Asking, d
         "other_jobs": others,
         "advice": advice,
     }
+
+
+def in_words(error: JobManagerError) -> AdoptdError:
+    """What a user is told: of a manager that is not set up here more than which of its directories is missing."""
+    missing = error.fault is JobFault.SPOOL_UNREADABLE
+    return CommandRefused(_NO_MANAGER.format(error=error)) if missing else error
 
 
 def _shown(session: Optional[Session]) -> Optional[Result]:

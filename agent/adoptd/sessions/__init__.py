@@ -12,5 +12,6 @@ from adoptd.sessions.kept import Session
 from adoptd.sessions.pending import PendingLogins
 from adoptd.sessions.registry import Sessions
 from adoptd.sessions.settled import Settlement, Story
+from adoptd.sessions.whereabouts import Strays
 
-__all__ = ["PendingLogins", "Session", "Sessions", "Settlement", "Stages", "Story"]
+__all__ = ["PendingLogins", "Session", "Sessions", "Settlement", "Stages", "Story", "Strays"]

@@ -13,7 +13,7 @@ from typing import Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 from adoptd.probe.record import Move
 from adoptd.sessions.escapes import EscapeOutcome, OnEscape, Patience
 from adoptd.sessions.kept import Session
-from adoptd.sessions.whereabouts import Found, Return
+from adoptd.sessions.whereabouts import Found, Return, Strays
 
 # Sessions looked at in one round.
 AT_ONCE = 16
@@ -38,6 +38,10 @@ class _Case:
     lines: int = 0
     # Processes that were reported to be outside, and the cgroups they were in.
     reported: Dict[int, str] = field(default_factory=dict)
+    # Processes that were out of the job when they were last looked at, and stayed so. How often the session was put
+    # into a job: what was seen of it before says nothing of it now.
+    strays: Dict[int, Found] = field(default_factory=dict)
+    assigned: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Task:
     """One session to be looked at: the processes that were moved and, with ``whole``, all of it.
 
     ``returns``: what is outside is to be moved back. ``last``: what cannot be told is not looked at again.
+    ``assigned``: which of the session's assignments to a job it is about.
     """
 
     session: Session
@@ -52,16 +57,26 @@ class Task:
     whole: bool
     returns: bool
     last: bool
+    assigned: int
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a task. ``returned``: of moving ``outside`` back, None if that was not tried."""
+    """What came of a task. ``returned``: of moving ``outside`` back, None if that was not tried.
+
+    ``ended``: those that are out of a job that has ended, to which there is no way back.
+    """
 
     task: Task
     outside: Tuple[Found, ...]
     unsure: Tuple[Found, ...]
     returned: Optional[Return]
+    ended: Tuple[Found, ...] = ()
+
+    @property
+    def strays(self) -> Tuple[Found, ...]:
+        """Those that are out of the job after all that was done."""
+        return (*(self.outside if self.returned is None else self.returned.left), *self.ended)
 
 
 class Cases:
@@ -90,11 +105,26 @@ class Cases:
         for identity in [each for each in self._cases if known(each) is None]:
             del self._cases[identity]
 
-    def reassigned(self, session: Session) -> None:
-        """The session was put into a job: where it was found to be before is no longer the point."""
+    def reassigned(self, session: Session) -> bool:
+        """The session was put into a job: where it was found to be before is no longer the point.
+
+        Returns whether some of it was outside then. Those have as many tries to be moved back as any others: whoever
+        put it there (``adoptctl join``) may have ended what moved them.
+        """
         case = self._cases.get(session.id)
-        if case is not None:
-            case.reported.clear()
+        if case is None:
+            return False
+        had_strays = bool(case.strays)
+        if had_strays:
+            case.patience = Patience()
+        case.assigned += 1
+        case.reported.clear()
+        case.strays.clear()
+        return had_strays
+
+    def strays(self) -> Dict[str, Strays]:
+        """Sessions of which something was out of its job at the last look, by id."""
+        return {identity: Strays(dict(case.strays)) for identity, case in self._cases.items() if case.strays}
 
     def take(
         self, now_s: float, known: Callable[[str], Optional[Session]], waits: Callable[[Session], bool]
@@ -114,7 +144,8 @@ class Cases:
                 continue
             patience = case.patience.as_of(now_s)
             returns = self._returns(patience) and now_s >= patience.next_at_s
-            tasks.append(Task(session, dict(case.moves), case.whole, returns, case.retries >= RETRIES))
+            last = case.retries >= RETRIES
+            tasks.append(Task(session, dict(case.moves), case.whole, returns, last, case.assigned))
             case.moves.clear()
             case.whole, case.due_s = False, None
         return tasks
@@ -134,6 +165,8 @@ class Cases:
         """Note what came of a task. Returns what is to be told of it, None: nothing."""
         task = finding.task
         case = self._cases.setdefault(task.session.id, _Case())
+        if task.assigned == case.assigned:
+            _note_strays(case, finding)
         if finding.unsure:
             self.again(task, [each.pid for each in finding.unsure], now_s)
         else:
@@ -173,3 +206,11 @@ class Cases:
 
     def _returns(self, patience: Patience) -> bool:
         return self._on_escape() is OnEscape.READOPT and not patience.exhausted
+
+
+def _note_strays(case: _Case, finding: Finding) -> None:
+    """What was looked at is as it was found; what could not be told, or was not looked at, is as it was before."""
+    task, unsure = finding.task, {each.pid for each in finding.unsure}
+    kept = {pid: each for pid, each in case.strays.items() if pid in unsure or not (task.whole or pid in task.moves)}
+    found = {**kept, **{each.pid: each for each in finding.strays}}
+    case.strays = dict(list(found.items())[:SUSPECTS_MAX])

@@ -40,6 +40,13 @@ class EscapeOutcome(enum.Enum):
     REPORTED = "reported"
 
 
+class OutsideOf(enum.Enum):
+    """What a session is outside of: one takes it back, the other is no more."""
+
+    RUNNING_JOB = "running_job"
+    ENDED_JOB = "ended_job"
+
+
 class OnEscape(enum.Enum):
     """What is to be done about one: [session] on_escape."""
 

@@ -9,7 +9,6 @@ loop. Started by the service.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
 from collections import defaultdict
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import Callable, Dict, List, Optional, Set, Tuple
 
 from adoptd import log
+from adoptd.daemon import woken
 from adoptd.deadline import Deadline
 from adoptd.events import Events
 from adoptd.jobs import JobBackend
@@ -26,7 +26,7 @@ from adoptd.probe.record import EVENT_WINDOW_S, Move, decode_move
 from adoptd.probe.watching import OpenWatch
 from adoptd.sessions.cases import Cases, Finding, Task
 from adoptd.sessions.descent import Descent
-from adoptd.sessions.escapes import SYSTEMD_PID, OnEscape
+from adoptd.sessions.escapes import SYSTEMD_PID, OnEscape, OutsideOf
 from adoptd.sessions.families import Followed, KnownFamily, Listed, put_on_list
 from adoptd.sessions.kept import Session, session_id
 from adoptd.sessions.registry import Sessions
@@ -117,6 +117,8 @@ class Guard:
                 if now >= attach_at:
                     if await self._attach():
                         sweep_at = 0.0
+                        # What was out of its job before an agent before us ended, and is told of no more.
+                        self._suspect_ended(now + ATTACH_S)
                     attach_s = ATTACH_S if self._watch is not None else min(2 * attach_s, ATTACH_MAX_S)
                     attach_at = time.monotonic() + attach_s
                 if now >= sweep_at:
@@ -125,7 +127,9 @@ class Guard:
                     self._suspect_all(now + 2 * _SETTLE_S)
                     sweep_at = now + (SWEEP_S if self._watch is not None else POLL_S)
                 started = time.monotonic()
-                if await self._round(started):
+                looked = await self._round(started)
+                self._show_strays()
+                if looked:
                     await asyncio.sleep(max(_SETTLE_S, _REST * (time.monotonic() - started)))
                 else:
                     await self._wait(min(attach_at, sweep_at))
@@ -144,9 +148,8 @@ class Guard:
     async def _wait(self, until_s: float) -> None:
         due_s = self._cases.next_due_s()
         self._news.clear()
-        with contextlib.suppress(asyncio.TimeoutError):
-            wake_s = until_s if due_s is None else min(until_s, due_s)
-            await asyncio.wait_for(self._news.wait(), max(0.0, wake_s - time.monotonic()))
+        wake_s = until_s if due_s is None else min(until_s, due_s)
+        await woken(self._news, max(0.0, wake_s - time.monotonic()))
 
     # ---- what to look at
 
@@ -186,19 +189,35 @@ class Guard:
 
     def _suspect_all(self, now_s: float) -> None:
         self._cases.keep(self._sessions.known)
+        strays = self._cases.strays()
         # The list has daemons of sessions that have ended, and tells of their moves; without it they are looked at.
-        for session in self._sessions.all() if self._watch is not None else self._sessions.watched():
-            self._suspect(session, now_s)
+        for session in self._sessions.watched():
+            if self._watch is None or session.id in strays or not self._sessions.has_ended(session):
+                self._suspect(session, now_s)
+
+    def _suspect_ended(self, now_s: float) -> None:
+        for session in self._sessions.watched():
+            if self._sessions.has_ended(session):
+                self._suspect(session, now_s)
+
+    def _show_strays(self) -> None:
+        strays = self._cases.strays()
+        self._sessions.strays = strays
+        ended = sum(each.job_ended for each in strays.values())
+        self._metrics.show_outside({OutsideOf.RUNNING_JOB.value: len(strays) - ended, OutsideOf.ENDED_JOB.value: ended})
 
     def _changed(self, session: Session) -> None:
         """A session was added, or put into another job."""
-        self._cases.reassigned(session)
+        if self._cases.reassigned(session):
+            # The rest of what was outside: whoever put it there has no list of all of it.
+            self._suspect(session, time.monotonic() + _SYSTEMD_SETTLE_S)
+            self._show_strays()
         watch = self._watch
         if watch is None:
             return
         try:
             put_on_list(watch, session, [session.pid])
-        except ProbeError as error:
+        except (JobManagerError, ProbeError) as error:
             log.error("session_not_watched", session=session.id, error=str(error), effect="looked at now and then")
 
     def _listed(self, pid: int) -> Optional[Tuple[int, int]]:
@@ -215,7 +234,7 @@ class Guard:
         sessions = self._sessions.watched()
         try:
             fresh = await self._workers.run(lambda: self._open(sessions), Deadline.after_ms(_ROUND_MS))
-        except (OutOfTime, Overloaded) as error:
+        except (JobManagerError, OutOfTime, Overloaded) as error:
             log.debug("session_watch_not_checked", error=str(error))
             return False
         except ProbeError as error:
@@ -315,6 +334,7 @@ class Guard:
                 continue
             found = self._whereabouts.look(jobs, session, sorted(pids), deadline)
             # Of a pid that was told, the process may have ended and another have it.
+            ended = tuple(each for each in found if each.place is Place.JOB_ENDED and family.has_now(each.pid))
             escaped = (Place.OUTSIDE, Place.BETWEEN) if task.last else (Place.OUTSIDE,)
             outside = [each for each in found if each.place in escaped and family.has_now(each.pid)]
             returned = None
@@ -324,5 +344,5 @@ class Guard:
             unsure = tuple(
                 each for each in found if each.place in (Place.UNSURE, Place.BETWEEN) and each not in outside
             )
-            findings.append(Finding(task, tuple(outside), unsure, returned))
+            findings.append(Finding(task, tuple(outside), unsure, returned, ended))
         return findings

@@ -13,7 +13,7 @@ import select
 import threading
 from collections import Counter, OrderedDict
 from dataclasses import replace
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 from weakref import WeakValueDictionary
 
 from adoptd import log
@@ -23,6 +23,7 @@ from adoptd.process import ProcessHandle, open_process, parent_of
 from adoptd.sessions.fields import Stages
 from adoptd.sessions.kept import Session, decode_session, encode_session, session_id
 from adoptd.sessions.store import SessionStore, StoreError, boot_id
+from adoptd.sessions.whereabouts import Strays
 
 # Each holds a descriptor and about 2 KiB. A node has a few hundred sessions; who makes thousands loses their own.
 CAPACITY = 4096
@@ -65,6 +66,8 @@ class Sessions:
         self._boot_id = "" if store is None else boot_id(proc_root)
         # In words, who says when one of their processes is moved: for people.
         self.watched_by = "nobody yet"
+        # By id, what the guard found out of its job when it last looked, and did not get back into it.
+        self.strays: Mapping[str, Strays] = {}
         self._unwritten = False
         # To be written as soon as nobody waits for it, by id.
         self._due: Dict[str, Session] = {}
@@ -187,6 +190,10 @@ class Sessions:
     def watched(self) -> Tuple[Session, ...]:
         """Every session, and those that ended not long ago: a daemon of theirs may be alive."""
         return (*self.all(), *self._past.values())
+
+    def has_ended(self, session: Session) -> bool:
+        """Whether it is known as one that ended not long ago."""
+        return session.id in self._past
 
     def find(self, id_or_pid: str) -> Optional[Session]:
         """The session with this id or of the process with this pid."""

@@ -51,6 +51,7 @@ class Teller:
             "user": session.user,
             "uid": session.uid,
             "job": session.job.id,
+            "remote": None if session.connection is None else str(session.connection.source.address),
             "pid": first.pid,
             "processes": len(finding.outside),
             "mover": mover.value,

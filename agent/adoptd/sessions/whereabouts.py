@@ -10,12 +10,12 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Callable, ContextManager, Dict, FrozenSet, Iterable, List, Optional, Protocol, Set, Tuple
+from typing import Callable, ContextManager, Dict, FrozenSet, Iterable, List, Mapping, Optional, Protocol, Set, Tuple
 
 from adoptd.deadline import Deadline
 from adoptd.environment import uids_of
 from adoptd.jobs import JobBackend
-from adoptd.model import AdoptionFailed, Ambiguous, JobManagerError
+from adoptd.model import AdoptionFailed, Ambiguous, Job, JobManagerError
 from adoptd.process import ProcessHandle, open_process, thread_group_of
 from adoptd.sessions.kept import Session
 
@@ -60,6 +60,18 @@ class Found:
         return ", ".join([path for path in paths if path != "/"] or paths)[:_SHOWN_MAX]
 
 
+@dataclass(frozen=True)
+class Strays:
+    """The processes of one session that were out of its job when they were last looked at, by pid."""
+
+    found: Mapping[int, Found]
+
+    @property
+    def job_ended(self) -> bool:
+        """Whether the job has ended, and takes nobody back."""
+        return any(each.place is Place.JOB_ENDED for each in self.found.values())
+
+
 class Family(Protocol):
     """The processes of one session."""
 
@@ -76,10 +88,11 @@ Turn = Callable[[Session, Deadline], ContextManager[bool]]
 
 @dataclass(frozen=True)
 class Return:
-    """What came of moving processes back: how many are, and in words why others are not."""
+    """What came of moving processes back: how many are, in words why others are not, and those that are outside."""
 
     moved: int
     failed: Tuple[str, ...]
+    left: Tuple[Found, ...] = ()
 
 
 class Whereabouts:
@@ -123,24 +136,27 @@ class Whereabouts:
         """
         moved: Set[int] = set()
         failed: Dict[int, str] = {}
+        left: Dict[int, Found] = {}
         for _ in range(_PASSES):
-            for each in outside:
+            for done, each in enumerate(outside):
+                rest = (*left.values(), *outside[done:])
                 if len(moved) + len(failed) >= _MOVES_MAX:
-                    return Return(len(moved), (*failed.values(), f"more than {_MOVES_MAX} processes are outside"))
+                    words = f"more than {_MOVES_MAX} processes are outside"
+                    return Return(len(moved), (*failed.values(), words), rest)
                 with turn(session, deadline) as ours:
                     if not ours:
-                        return Return(len(moved), tuple(failed.values()))
+                        return Return(len(moved), tuple(failed.values()), rest)
                     is_back, fault = self._bring(jobs, session, each.pid, family, deadline)
                 if is_back:
                     moved.add(each.pid)
                 if fault is not None:
-                    failed[each.pid] = fault
+                    failed[each.pid], left[each.pid] = fault, each
             now = self.look(jobs, session, sorted(family.pids()), deadline)
             outside = [each for each in now if each.place is Place.OUTSIDE and each.pid not in failed]
             if not outside:
-                return Return(len(moved), tuple(failed.values()))
+                return Return(len(moved), tuple(failed.values()), tuple(left.values()))
         more = f"{len(outside)} more processes are outside after {_PASSES} passes"
-        return Return(len(moved), (*failed.values(), more))
+        return Return(len(moved), (*failed.values(), more), (*left.values(), *outside))
 
     def _ask(
         self,
@@ -159,21 +175,15 @@ class Whereabouts:
             if self._is_ending(pid):
                 return Found(pid, Place.GONE)
             if session.job not in jobs.jobs_of(session.uid, deadline):
-                return Found(pid, Place.JOB_ENDED, cgroups)
+                return Found(pid, _after_its_job(jobs, session, pid, uids), cgroups)
             job = jobs.job_of_process(pid)
         except Ambiguous as error:
             return Found(pid, Place.BETWEEN, cgroups, str(error))
         except (JobManagerError, ValueError) as error:
             # ValueError: its job's id is none of this manager's; the configuration names another than it did then.
             return Found(pid, Place.UNSURE, cgroups, str(error))
-        if job is not None and job.uid == session.uid and job != session.job:
-            # As `adoptctl join` does it, which may not have said so yet: limited and accounted all the same.
-            return Found(pid, Place.OTHER_JOB, cgroups)
-        if job is not None and job.uid != session.uid and uids == frozenset((job.uid,)):
-            # Another user's process, in that user's own job: of a job manager that was started by hand, with sudo.
-            return Found(pid, Place.OTHER_JOB, cgroups)
-        # Also where one hierarchy still names its job: it is out of the limits of another.
-        return Found(pid, Place.OUTSIDE, cgroups)
+        # OUTSIDE also where one hierarchy still names its job: it is out of the limits of another.
+        return Found(pid, Place.OTHER_JOB if _is_anothers(job, session, uids) else Place.OUTSIDE, cgroups)
 
     def _bring(
         self, jobs: JobBackend, session: Session, pid: int, family: Family, deadline: Deadline
@@ -227,3 +237,21 @@ class Whereabouts:
                 return (stream.read() or b"").decode("utf-8", "surrogateescape")
         except OSError:
             return ""
+
+
+def _is_anothers(job: Optional[Job], session: Session, uids: FrozenSet[int]) -> bool:
+    """Whether a process with these uids, which was found in ``job``, is well placed there, though it is not its own."""
+    if job is None or job == session.job:
+        return False
+    # Its user's: as `adoptctl join` does it, which may not have said so yet; limited and accounted all the same.
+    # Another user's process in that user's own: of a job manager that was started by hand, with sudo.
+    return job.uid == session.uid or uids == frozenset((job.uid,))
+
+
+def _after_its_job(jobs: JobBackend, session: Session, pid: int, uids: FrozenSet[int]) -> Place:
+    """Where a process is that is not in the session's job, which has ended."""
+    try:
+        elsewhere = _is_anothers(jobs.job_of_process(pid), session, uids)
+    except (Ambiguous, JobManagerError, ValueError):
+        elsewhere = False
+    return Place.OTHER_JOB if elsewhere else Place.JOB_ENDED
