@@ -18,10 +18,10 @@ import traceback
 from typing import Any, Callable, Dict, List, Tuple
 
 from adoptd.model import Connection, Endpoint
-from lab.waiting import PATIENCE
+from lab.waiting import DEADLINE_S, PATIENCE
 
 ALICE, BOB = 54321, 54322
-START_S = 20.0 * PATIENCE
+START_S = DEADLINE_S * PATIENCE
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_FILES = 0x10000000, 0x20000000, 0x40000000, 0x400
 
@@ -142,8 +142,18 @@ def bound(address: str = "127.0.0.1", port: int = 0, device: str = "", protocol:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if device:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
-    made.bind((address, port or _free_port(family, address)))
-    return made
+    if port:
+        made.bind((address, port))
+        return made
+    while True:
+        # Of a port that nobody had somebody may have been given it since.
+        try:
+            made.bind((address, _free_port(family, address)))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return made
 
 
 def _free_port(family: socket.AddressFamily, address: str) -> int:

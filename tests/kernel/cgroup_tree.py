@@ -9,28 +9,18 @@ import functools
 import itertools
 import os
 import subprocess
-import time
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
 import pytest
 
 from adoptd.hierarchy import CgroupMounts, Hierarchy
 from adoptd.jobs.cgroup import CgroupJobs
 from adoptd.jobs.template import JobPath
-from lab.waiting import PATIENCE
+from lab.waiting import until
 
 V2 = "v2"
 _SERIAL = itertools.count(1)
-
-
-def eventually(claim: Callable[[], bool], what: str, within_s: float = 10.0) -> None:
-    """Wait for something another process or the kernel does, not for a length of time."""
-    within_s *= PATIENCE
-    until = time.monotonic() + within_s
-    while not claim():
-        assert time.monotonic() < until, f"not within {within_s} s: {what}"
-        time.sleep(0.005)
 
 
 class Cgroups:
@@ -80,7 +70,7 @@ class Cgroups:
             for directory in [*sorted(top.rglob("*"), reverse=True), top]:
                 if directory.is_dir():
                     # A cgroup is busy until its last process has been reaped by the kernel, not by us.
-                    eventually(functools.partial(removed, directory), f"{directory} removed")
+                    until(functools.partial(removed, directory), f"{directory} removed")
 
     def close(self) -> None:
         for process in self.children:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import subprocess
 import time
 from pathlib import Path
-from typing import AsyncIterator, Callable, Dict, List, Mapping, Optional, Sequence, Set
+from typing import AsyncIterator, Dict, List, Mapping, Optional, Sequence, Set
 
 import pytest
 
@@ -32,19 +33,10 @@ from adoptd.sessions.guard import Guard
 from adoptd.sessions.store import SessionStore
 from adoptd.workers import Workers
 from kernel.cgroup_tree import removed
-from lab.waiting import PATIENCE
+from lab.waiting import until, until_in_loop
 
 ALICE, BOB = 61001, 61002
 _SERIAL = itertools.count(1)
-
-
-async def until(claim: Callable[[], object], what: str, within_s: float = 30.0) -> None:
-    """Wait for what the kernel, a process or the guard does. Fails naming ``what``."""
-    within_s *= PATIENCE
-    end = time.monotonic() + within_s
-    while not claim():
-        assert time.monotonic() < end, f"not within {within_s:.0f} s: {what}"
-        await asyncio.sleep(0.01)
 
 
 class Shell:
@@ -129,15 +121,11 @@ class Tree:
         return set(self.where(pid).values()) == {path}
 
     def close(self) -> None:
-        until_s = time.monotonic() + 10.0
         for label in self.labels:
             top = Path(self.hierarchies[label].mount_point + self.top)
             for directory in [*sorted(top.rglob("*"), reverse=True), top]:
                 # Busy until its last process has been reaped, by init if need be.
-                while directory.is_dir() and not removed(directory):
-                    _kill_all(directory)
-                    assert time.monotonic() < until_s, f"{directory} cannot be removed"
-                    time.sleep(0.005)
+                until(functools.partial(_emptied, directory), f"{directory} removed")
         self.mounts.close()
 
 
@@ -176,7 +164,7 @@ class Guarded:
             lambda session: session.id in self.in_login,
         )
         self._task = asyncio.create_task(self.guard.run())
-        await until(lambda: self.guard.status.reason != "not tried yet", "the guard's first look at the probe")
+        await until_in_loop(lambda: self.guard.status.reason != "not tried yet", "the guard's first look at the probe")
 
     async def stop(self) -> None:
         """No guard, and nobody that knows of sessions."""
@@ -230,10 +218,10 @@ class Guarded:
             return [event for event in self.seen if event.fields["pid"] == other.pid]
 
         self.tree.put(other.pid, ".")
-        await until(lambda: bool(told()), "the guard sees another escape")
-        await until(lambda: self.tree.is_in(other.pid, f"uid_{BOB}/job_{job.id}"), "and undoes it")
+        await until_in_loop(lambda: bool(told()), "the guard sees another escape")
+        await until_in_loop(lambda: self.tree.is_in(other.pid, f"uid_{BOB}/job_{job.id}"), "and undoes it")
         other.end()
-        await until(lambda: self.sessions.find(str(other.pid)) is None, "its session ends")
+        await until_in_loop(lambda: self.sessions.find(str(other.pid)) is None, "its session ends")
         (escape,) = told()
         self.seen.remove(escape)
 
@@ -280,8 +268,11 @@ async def guarded(
         await made.close()
 
 
-def _kill_all(directory: Path) -> None:
-    """What a session of the test's left in a cgroup of the test's."""
+def _emptied(directory: Path) -> bool:
+    """Whether the cgroup is gone; what a session of the test's left in it is ended."""
+    if not directory.is_dir() or removed(directory):
+        return True
     for line in (directory / "cgroup.procs").read_text().split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(line), 9)
+    return False

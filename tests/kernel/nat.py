@@ -18,7 +18,7 @@ import pytest
 from adoptd.model import Connection, Endpoint
 from kernel.actors import CLONE_NEWNET, LIBC, Line, actor, listener
 from kernel.networks import Network, link
-from kernel.sockets import wait_until
+from lab.waiting import until
 
 CONTAINERS = {4: "10.95.1.{}", 6: "fd95:1::{}"}
 SERVERS = {4: "10.95.2.{}", 6: "fd95:2::{}"}
@@ -73,11 +73,11 @@ class Node:
         """IPv6's addresses are of use some time after they were given."""
         for each in (self.server, self.network, *self.containers):
             words = ("nsenter", f"--net={each.path}", "ip", "-6", "addr", "show", "tentative")
-            wait_until(lambda words=words: not run(*words).strip(), "no address is tentative")
+            until(lambda words=words: not run(*words).strip(), "no address is tentative")
             for version in (4, 6):
                 for number in (1, 2):
                     route = ("nsenter", f"--net={each.path}", "ip", "route", "get", SERVERS[version].format(number))
-                    wait_until(
+                    until(
                         lambda route=route: subprocess.run(route, capture_output=True, check=False).returncode == 0,
                         "a route to the server",
                     )

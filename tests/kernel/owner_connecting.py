@@ -25,7 +25,7 @@ from kernel.actors import (
 )
 from kernel.networks import Network, link
 from kernel.owner_scene import Made, connect_to, is_established, made_of
-from kernel.sockets import wait_until
+from lab.waiting import until
 
 IPPROTO_MPTCP, TCP_FASTOPEN_CONNECT, MSG_FASTOPEN = 262, 30, 0x20000000
 
@@ -73,7 +73,7 @@ def connected_with_fast_open(line: Line, server: socket.socket) -> None:
         client.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
         port = connect_to(client, server)
         join(fork(lambda: client.sendall(b"x")))  # noqa: B023 (joined before the next round)
-        wait_until(lambda: client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\1", "it is established")  # noqa: B023
+        until(lambda: client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\1", "it is established")  # noqa: B023
         if _ == 0:
             reset(client)
     line.say(client, port)
@@ -126,7 +126,7 @@ def added_path(stack: contextlib.ExitStack) -> Made:
         rows[:] = found
         return bool(found)
 
-    wait_until(added, "the kernel has added a path")
+    until(added, "the kernel has added a path")
     source, destination = (end.rsplit(":", 1) for end in rows[2:4])
     ends = {"source": (source[0], int(source[1])), "destination": (destination[0], int(destination[1]))}
     return Made(connection_of(ends), facts["pid"], ALICE, here)
@@ -180,7 +180,7 @@ def both_connected(stack: contextlib.ExitStack) -> Made:
             client.setblocking(False)
             client.connect_ex((other, other_port))  # noqa: B023
             line.tell({"under way": True})
-            wait_until(lambda: is_established(client), "it is established", 20.0)
+            until(lambda: is_established(client), "it is established", 20.0)
             line.say(client, port)  # noqa: B023
             line.wait()
 

@@ -26,7 +26,7 @@ from kernel.actors import (
     send_socket,
 )
 from kernel.owner_scene import connect_to, ordinary
-from kernel.sockets import wait_until
+from lab.waiting import until
 
 PR_SET_DUMPABLE = 4
 _SYS_CLONE = 56
@@ -46,7 +46,7 @@ def parent_gone(line: Line, server: socket.socket) -> None:
     port, ours = connect_to(client, server), os.getpid()
 
     def hold() -> None:
-        wait_until(lambda: os.getppid() != ours, "the parent is gone")
+        until(lambda: os.getppid() != ours, "the parent is gone")
         line.say(client, port, pid=ours)
         line.wait()
 

@@ -21,7 +21,7 @@ from kernel.actors import (
     reset,
 )
 from kernel.owner_scene import Made, connect_to, made_of, ordinary
-from kernel.sockets import wait_until
+from lab.waiting import until
 
 
 def half_closed(line: Line, server: socket.socket) -> None:
@@ -75,7 +75,7 @@ def time_wait(stack: contextlib.ExitStack) -> Made:
     accepted, _ = server.accept()
     assert accepted.recv(1) == b""
     accepted.close()
-    wait_until(lambda: _state_of(made.connection) == 6, "the client is in TIME_WAIT")
+    until(lambda: _state_of(made.connection) == 6, "the client is in TIME_WAIT")
     return made
 
 

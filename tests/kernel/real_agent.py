@@ -11,15 +11,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Type, TypeVar
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Type
 from unittest import mock
 
 import pytest
@@ -29,32 +27,14 @@ from adoptd.client import AgentError, ask_agent
 from adoptd.model import Connection, Endpoint
 from adoptd.wire.control import Command, Result
 from lab import kernel
-from lab.waiting import PATIENCE
+from lab.waiting import DEADLINE_S, PATIENCE, until
+from ports import free_port
 
-T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 # The loader compiles for half a second; other tests may run beside this one.
-PATIENCE_S = 40.0 * PATIENCE
+PATIENCE_S = DEADLINE_S * PATIENCE
 # The default, and what it is where everything takes longer.
 CALLERID_TIMEOUT_MS = min(300 * PATIENCE, 10_000)
-
-
-def until(question: Callable[[], Optional[T]], what: str, within_s: float = PATIENCE_S) -> T:
-    """Ask until the answer is neither None nor False. Fails naming ``what``."""
-    end = time.monotonic() + within_s
-    while True:
-        answer = question()
-        if answer is not None and answer is not False:
-            return answer
-        assert time.monotonic() < end, f"not within {within_s:.0f} s: {what}"
-        time.sleep(0.01)
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody has now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class RealAgent:
@@ -82,7 +62,7 @@ class RealAgent:
         self.processes: List[subprocess.Popen[bytes]] = []
         self.activator: Optional[subprocess.Popen[bytes]] = None
         # adoptctl's own is for an agent that starts in a second.
-        self._patient = mock.patch.object(client, "TIMEOUT_MS", client.TIMEOUT_MS * PATIENCE)
+        self._patient = mock.patch.object(client, "TIMEOUT_MS", PATIENCE_S * 1000.0)
 
     def __enter__(self) -> RealAgent:
         self._patient.start()
@@ -149,6 +129,26 @@ class RealAgent:
         """SIGKILL, as a crash."""
         process.kill()
         process.wait()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The agent that was started last does nothing meanwhile: what is done in several steps is one to it."""
+        with _stopped(self.processes[-1].pid):
+            yield
+
+    @contextlib.contextmanager
+    def away(self, how: signal.Signals) -> Iterator[None]:
+        """No agent meanwhile, after it was ended as by restart(); then the activator starts the next: wait for that."""
+        assert self.activator is not None
+        before = self.ready_count()
+        parent = self.activator.pid
+        (pid,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        with _stopped(parent):
+            os.kill(int(pid), signal.SIGKILL if how is signal.SIGUSR1 else signal.SIGTERM)
+            # Nobody has waited for it yet.
+            until(lambda: _state(Path(f"/proc/{pid}")) == "Z", "the agent's end")
+            yield
+        until(lambda: self.ready_count() > before, "the next agent to be ready")
 
     def activate(self) -> None:
         """Have the activator hold the sockets and start the agent; wait until it is ready."""
@@ -219,6 +219,23 @@ class RealAgent:
                 if line.rpartition(" ")[0] == name:
                     return float(line.rpartition(" ")[2])
         raise AssertionError(f"no series {name}")
+
+
+@contextlib.contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    """Neither the process nor any thread of it does anything meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        tasks = Path(f"/proc/{pid}/task")
+        until(lambda: all(_state(task) == "T" for task in tasks.iterdir()), f"process {pid} stopped")
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _state(process: Path) -> str:
+    """Of a process or one of its threads, the letter of proc_pid_stat(5)."""
+    return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
 
 
 # Enters a cgroup, then makes a connection for every line it reads, and keeps them all.

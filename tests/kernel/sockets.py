@@ -13,13 +13,12 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Callable, Dict, List, Optional, Tuple, Type
+from typing import Dict, List, Optional, Tuple, Type
 
-START_S = 20.0
+START_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -99,18 +98,6 @@ class Client:
         return {name: int(value) for name, value in json.loads(line).items()}
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
-    """Poll until ``condition`` holds; AssertionError naming ``what`` if it does not in time."""
-    # Not at the top: this file is run as a program, too, which has nothing of ours to import.
-    from lab.waiting import PATIENCE
-
-    timeout_s *= PATIENCE
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
-        time.sleep(0.01)
-
-
 def cgroup2_mount() -> Path:
     """Where the version 2 hierarchy is mounted; AssertionError if it is not."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -122,6 +109,8 @@ def cgroup2_mount() -> Path:
 
 def remove_cgroup(path: Path) -> None:
     """rmdir as soon as the kernel lets go of the last process."""
+    # Not at the top: this file is run as a program, too, which has nothing of ours to import.
+    from lab.waiting import until
 
     def removed() -> bool:
         try:
@@ -132,7 +121,7 @@ def remove_cgroup(path: Path) -> None:
             return False
         return True
 
-    wait_until(removed, f"{path} is empty")
+    until(removed, f"{path} is empty")
 
 
 def _connect(spec: ClientSpec) -> Tuple[socket.socket, socket.socket]:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import Iterator
 
@@ -15,6 +14,7 @@ import pytest
 from adoptd import environment
 from adoptd.environment import READERS_OF_ONE, environment_of
 from adoptd.process import open_process
+from lab.waiting import until
 
 ALICE = 61001
 PROGRAM = Path(__file__).with_name("hung_memory.py")
@@ -75,10 +75,7 @@ def test_memory_that_cannot_be_read_holds_nobody_up(reachable: Path) -> None:
         assert environment._Reader.under_way == {ALICE: READERS_OF_ONE}
         with open_process(os.getpid()) as ours:
             assert environment_of(ours, os.geteuid()), "another user's is not read"
-    end = time.monotonic() + FAR_TOO_LONG_S
-    while environment._Reader.under_way and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not environment._Reader.under_way, "a reader does not end when the memory is free"
+    until(lambda: not environment._Reader.under_way, "the end of the readers, now that the memory is free")
 
 
 def test_a_reader_that_hangs_keeps_no_descriptor_of_the_agent_s(reachable: Path) -> None:

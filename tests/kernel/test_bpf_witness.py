@@ -28,7 +28,7 @@ def _connection(client: socket.socket) -> Connection:
 
 
 def _owner(opened: OpenProbe, connection: Connection) -> Optional[Owner]:
-    return BpfWitness(opened).owner_of(connection, Deadline.after_ms(1000))
+    return BpfWitness(opened).owner_of(connection, Deadline.after_ms(20_000))
 
 
 def test_a_closed_probe_is_an_unavailable_witness(shared_pin_dir: Path, client: socket.socket) -> None:

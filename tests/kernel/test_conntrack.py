@@ -45,7 +45,7 @@ from kernel.actors import (
 )
 from kernel.cgroup_tree import V2, Cgroups
 from kernel.nat import SERVERS, Node, run
-from kernel.sockets import wait_until
+from lab.waiting import until
 
 BUDGET_MS = 20_000.0
 PR_SET_DUMPABLE = 4
@@ -225,7 +225,7 @@ def imitate(asked: Connection, line: Line) -> None:
     server.listen(1)
     client = bound(str(asked.source.address), asked.source.port)
     # An IPv6 address that was just given is not of use at once, and nothing else shows when it is.
-    wait_until(lambda: client.connect_ex(server.getsockname()) in (0, errno.EISCONN), "connected")
+    until(lambda: client.connect_ex(server.getsockname()) in (0, errno.EISCONN), "connected")
     line.say(client, asked.source.port)
     line.wait()
 
@@ -331,7 +331,7 @@ def test_a_connection_that_is_over(node: Node, opened: OpenProbe) -> None:
     line.tell({"close": True})
     line.hear()
     accepted.close()
-    wait_until(lambda: ask(node, opened, asked) is None, "the connection has ended")
+    until(lambda: ask(node, opened, asked) is None, "the connection has ended")
     assert "dport=" in run("nsenter", f"--net={node.network.path}", "conntrack", "-L", "-p", "tcp")
 
 

@@ -16,9 +16,10 @@ from adoptd.model import Connection
 from kernel.actors import ALICE, Line, actor, become, bound, connection_of, fork, listener
 from kernel.cgroup_tree import V2, Cgroups
 from kernel.nat import Node
-from kernel.real_agent import RealAgent, until
+from kernel.real_agent import RealAgent
 from kernel.test_conntrack import plain
 from kernel.test_v1_notes import a_controller, legacy  # noqa: F401 (a fixture)
+from lab.waiting import until
 
 # The bound for an agent at rest.
 _RESIDENT_KB_MAX = 40 * 1024

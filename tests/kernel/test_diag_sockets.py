@@ -12,7 +12,8 @@ import pytest
 from adoptd.connections.diag import DiagWitness
 from adoptd.deadline import Deadline
 from adoptd.model import Connection, Endpoint, Owner, Witness
-from kernel.sockets import Client, ClientSpec, cgroup2_mount, remove_cgroup, wait_until
+from kernel.sockets import Client, ClientSpec, cgroup2_mount, remove_cgroup
+from lab.waiting import until
 
 UID = 54321
 OTHER_UID = 54322
@@ -41,7 +42,7 @@ def connection(client: Client, address: str = "127.0.0.1") -> Connection:
 
 
 def ask(diag: DiagWitness, asked: Connection) -> Optional[Owner]:
-    return diag.owner_of(asked, Deadline.after_ms(1000))
+    return diag.owner_of(asked, Deadline.after_ms(20_000))
 
 
 def test_the_self_test_finds_its_own_connection(diag: DiagWitness) -> None:
@@ -76,7 +77,7 @@ def test_time_wait_is_nobody_and_not_root(diag: DiagWitness) -> None:
         asked = connection(client)
         client.tell("finish")
         local = f":{client.source_port:04X} 0100007F:{client.destination_port:04X} 06 "
-        wait_until(lambda: local in Path("/proc/net/tcp").read_text(), "the client is in TIME_WAIT")
+        until(lambda: local in Path("/proc/net/tcp").read_text(), "the client is in TIME_WAIT")
         assert ask(diag, asked) is None
 
 
@@ -106,7 +107,7 @@ def test_another_network_namespace_is_not_seen(diag: DiagWitness) -> None:
 def test_a_socket_bound_to_a_device_is_found_on_it(diag: DiagWitness) -> None:
     """The reply says which: that is how two of them are told apart."""
     with Client(ClientSpec(device="lo", real_uid=UID)) as client:
-        found = diag.find(connection(client), Deadline.after_ms(1000))
+        found = diag.find(connection(client), Deadline.after_ms(20_000))
         assert found is not None
         assert (found.uid, found.inode, found.device) == (UID, client.inode, socket.if_nametoindex("lo"))
 
@@ -125,7 +126,7 @@ def test_the_uid_of_the_process_that_made_the_socket(diag: DiagWitness, spec: Cl
     """Whatever family the socket is of, the uid is the setuid child's, and no pid is claimed."""
     with Client(spec) as client:
         asked = connection(client, address)
-        found = diag.find(asked, Deadline.after_ms(1000))
+        found = diag.find(asked, Deadline.after_ms(20_000))
         assert found is not None
         assert found.inode == client.inode
         owner = ask(diag, asked)

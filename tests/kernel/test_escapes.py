@@ -18,7 +18,8 @@ from adoptd.probe.sources import find_sources
 from adoptd.probe.watching import open_watch
 from adoptd.sessions import escapes, guard
 from adoptd.sessions.escapes import OnEscape
-from kernel.guarded import ALICE, BOB, Guarded, Shell, guarded, until
+from kernel.guarded import ALICE, BOB, Guarded, Shell, guarded
+from lab.waiting import until_in_loop
 
 HOME = f"uid_{ALICE}/job_17"
 
@@ -61,7 +62,7 @@ def test_another_job_of_the_same_user_is_none(shared_pin_dir: Path) -> None:
             # From now on that is where it belongs.
             place.tree.put(session.pid, ".")
             # Told once it is back: by then it has been there for a moment.
-            await until(lambda: place.escapes(), "told")
+            await until_in_loop(lambda: place.escapes(), "told")
             stays(place, session.pid, f"uid_{ALICE}/job_18")
             assert [escape["job"] for escape in place.escapes()] == ["18"]
 
@@ -74,8 +75,8 @@ def test_another_users_job_is_one(shared_pin_dir: Path) -> None:
             session = place.session(ALICE, place.tree.job(ALICE, "17"))
             place.tree.job(BOB, "18")
             place.tree.put(session.pid, f"uid_{BOB}/job_18")
-            await until(lambda: place.tree.is_in(session.pid, HOME), "back in alice's job")
-            await until(lambda: place.counted("root", "readopted") == 1, "counted")
+            await until_in_loop(lambda: place.tree.is_in(session.pid, HOME), "back in alice's job")
+            await until_in_loop(lambda: place.counted("root", "readopted") == 1, "counted")
 
     asyncio.run(story())
 
@@ -97,9 +98,11 @@ def test_another_users_process_in_that_users_job_is_none(shared_pin_dir: Path) -
             )
             for pid, uids in ((bobs, f"{BOB}\t{BOB}"), (alices, f"{ALICE}\t{ALICE}"), (both, f"{BOB}\t{ALICE}")):
                 status = Path(f"/proc/{pid}/status")
-                await until(lambda s=status, u=uids: f"Uid:\t{u}\t" in s.read_text(), "it has its uids")
+                await until_in_loop(lambda s=status, u=uids: f"Uid:\t{u}\t" in s.read_text(), "it has its uids")
                 place.tree.put(pid, f"uid_{BOB}/job_18")
-            await until(lambda: place.tree.is_in(alices, HOME) and place.tree.is_in(both, HOME), "back in alice's job")
+            await until_in_loop(
+                lambda: place.tree.is_in(alices, HOME) and place.tree.is_in(both, HOME), "back in alice's job"
+            )
             await place.has_looked()
             stays(place, bobs, f"uid_{BOB}/job_18")
 
@@ -139,7 +142,7 @@ def test_a_login_between_its_phases_is_left_to_pam_systemd(shared_pin_dir: Path)
             assert place.escapes() == []
             # No session phase came, or it did and the process is where it should not be.
             place.in_login.clear()
-            await until(lambda: place.tree.is_in(session.pid, HOME), "put back where it belongs")
+            await until_in_loop(lambda: place.tree.is_in(session.pid, HOME), "put back where it belongs")
 
     asyncio.run(story())
 
@@ -153,7 +156,7 @@ def test_nobody_is_in_login_for_ever(shared_pin_dir: Path, monkeypatch: pytest.M
             session = place.session(ALICE, place.tree.job(ALICE, "17"))
             place.in_login.update(each.id for each in place.sessions.all())
             place.tree.put(session.pid, ".")
-            await until(lambda: place.tree.is_in(session.pid, HOME), "back in the job")
+            await until_in_loop(lambda: place.tree.is_in(session.pid, HOME), "back in the job")
 
     asyncio.run(story())
 
@@ -187,8 +190,8 @@ def test_root_by_hand(shared_pin_dir: Path) -> None:
             place.tree.make("user.slice")
             for label in place.tree.labels:
                 root.do(f"echo {session.pid} > {place.tree.at('user.slice', label)}/cgroup.procs")
-            await until(lambda: place.tree.is_in(session.pid, HOME), "back in its job")
-            await until(lambda: place.escapes(), "told")
+            await until_in_loop(lambda: place.tree.is_in(session.pid, HOME), "back in its job")
+            await until_in_loop(lambda: place.escapes(), "told")
             (escape,) = place.escapes()
             assert escape["mover_pid"] == root.pid
             assert (escape["mover"], escape["mover_uid"], escape["mover_comm"]) == ("root", 0, "bash")
@@ -209,7 +212,7 @@ def test_a_user_with_a_writable_cgroup(shared_pin_dir: Path) -> None:
             session = place.session(ALICE, place.tree.job(ALICE, "17"))
             place.tree.make("alices", owner=ALICE, labels=["memory"])
             session.do(f"echo $$ > {place.tree.at('alices', 'memory')}/cgroup.procs")
-            await until(lambda: place.escapes(), "told")
+            await until_in_loop(lambda: place.escapes(), "told")
             stays(place, session.pid, HOME)
             (escape,) = place.escapes()
             assert (escape["mover"], escape["mover_uid"], escape["mover_pid"]) == ("self", ALICE, session.pid)
@@ -227,7 +230,7 @@ def test_another_user(shared_pin_dir: Path) -> None:
             for path in (".", HOME):
                 (place.tree.at(path, "v2") / "cgroup.procs").chmod(0o666)
             bob.do(f"echo {session.pid} > {place.tree.at('bobs', 'v2')}/cgroup.procs")
-            await until(lambda: place.counted("other_user", "readopted") == 1, "counted")
+            await until_in_loop(lambda: place.counted("other_user", "readopted") == 1, "counted")
             stays(place, session.pid, HOME)
 
     asyncio.run(story())
@@ -246,7 +249,7 @@ def test_a_descendant(shared_pin_dir: Path, start: Callable[[Shell], int]) -> No
             pid = start(session)
             stays(place, pid, HOME)
             place.tree.put(pid, ".")
-            await until(lambda: place.escapes(), "told")
+            await until_in_loop(lambda: place.escapes(), "told")
             stays(place, pid, HOME)
             assert place.escapes()[0]["pid"] == pid
 
@@ -259,9 +262,9 @@ def test_a_daemon_of_a_session_that_has_ended(shared_pin_dir: Path) -> None:
             session = place.session(ALICE, place.tree.job(ALICE, "17"))
             pid = session.start_daemon()
             session.end()
-            await until(lambda: place.sessions.find(str(session.pid)) is None, "the session is gone")
+            await until_in_loop(lambda: place.sessions.find(str(session.pid)) is None, "the session is gone")
             place.tree.put(pid, ".")
-            await until(lambda: place.escapes(), "told")
+            await until_in_loop(lambda: place.escapes(), "told")
             stays(place, pid, HOME)
 
     asyncio.run(story())
@@ -275,7 +278,7 @@ def test_what_it_forked_outside(shared_pin_dir: Path) -> None:
             session = place.session(ALICE, place.tree.job(ALICE, "17"))
             place.tree.put(session.pid, ".")
             pids = [session.start(), session.start_daemon()]
-            await until(lambda: place.escapes(), "told")
+            await until_in_loop(lambda: place.escapes(), "told")
             for pid in (session.pid, *pids):
                 stays(place, pid, HOME)
 
@@ -308,7 +311,7 @@ def test_a_single_thread(shared_pin_dir: Path) -> None:
             session.do(f"coproc exec {PYTHON} -I -c '{STRAYING_THREAD}' {tasks} 2>/dev/null")
             thread = int(session.do("read t <&${COPROC[0]}; echo $t"))
             assert thread != int(session.do("echo $COPROC_PID"))
-            await until(lambda: place.escapes(), "told")
+            await until_in_loop(lambda: place.escapes(), "told")
             stays(place, thread, HOME)
             assert place.counted("self", "readopted") == 1
 
@@ -354,7 +357,7 @@ def test_a_process_that_changes_its_shape(shared_pin_dir: Path, name: str) -> No
                 child.kill()
                 child.communicate()
                 os.close(read)
-                await until(lambda: watch.session_of(child.pid) is None, "off the list at its end")
+                await until_in_loop(lambda: watch.session_of(child.pid) is None, "off the list at its end")
 
     asyncio.run(story())
 
@@ -373,10 +376,10 @@ def test_only_reported(shared_pin_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
             for number, path in enumerate(("elsewhere", "further", "elsewhere")):
                 place.tree.make(path)
                 place.tree.put(session.pid, path)
-                await until(lambda number=number: len(place.seen) > number, "told")  # type: ignore[misc]
+                await until_in_loop(lambda number=number: len(place.seen) > number, "told")  # type: ignore[misc]
                 stays(place, session.pid, path)
             place.on_escape = OnEscape.READOPT
-            await until(lambda: len(place.seen) == 4, "found at a look")
+            await until_in_loop(lambda: len(place.seen) == 4, "found at a look")
             stays(place, session.pid, HOME)
             told = [(escape["mover"], escape["outcome"]) for escape in place.escapes()]
             assert told == [("root", "reported")] * 3 + [("unknown", "readopted")]
@@ -403,7 +406,7 @@ def test_never_in_a_loop(shared_pin_dir: Path, monkeypatch: pytest.MonkeyPatch) 
             evictor = threading.Thread(target=evict)
             evictor.start()
             try:
-                await until(lambda: place.counted("root", "reported") == 1, "given up")
+                await until_in_loop(lambda: place.counted("root", "reported") == 1, "given up")
                 await place.has_looked()
             finally:
                 stop.set()
@@ -430,13 +433,13 @@ def test_a_flood_of_moves_is_that_users_own(shared_pin_dir: Path) -> None:
             a, b = (place.tree.at(f"{HOME}/{name}", "v2") / "cgroup.procs" for name in ("a", "b"))
             movers = [session.start(f"sh -c 'while :; do echo $$ > {a}; echo $$ > {b}; done'") for _ in range(8)]
             before = withheld(shared_pin_dir)
-            await until(lambda: withheld(shared_pin_dir) > before, "more than can be told")
+            await until_in_loop(lambda: withheld(shared_pin_dir) > before, "more than can be told")
             for _ in range(3):
                 await place.has_looked()
             assert place.escapes() == []
             # And one of them that goes out for good is found, told or not.
             place.tree.put(movers[0], ".", labels=["memory"] if "memory" in place.tree.labels else None)
-            await until(lambda: place.escapes(), "alice's own is found too")
+            await until_in_loop(lambda: place.escapes(), "alice's own is found too")
             session.do("kill -9 $(jobs -p)")
 
     asyncio.run(story())
@@ -466,7 +469,7 @@ def test_a_fork_bomb_is_that_users_own(pin_dir: Path, other_sources: Path) -> No
                 assert watch.session_of(one) is not None
                 for pid in many:
                     os.kill(pid, 9)
-                await until(lambda: not any(map(watch.session_of, many)), "off the list at their end")
+                await until_in_loop(lambda: not any(map(watch.session_of, many)), "off the list at their end")
                 alice.do("wait")
                 assert watch.session_of(alice.start()) is not None
 
@@ -491,7 +494,7 @@ def test_an_escape_while_there_is_no_agent(shared_pin_dir: Path, tmp_path: Path,
                 root.do(f"echo {daemon} > {place.tree.at('.', label)}/cgroup.procs")
             await place.start()
             assert [each.pid for each in place.sessions.all()] == [session.pid] * lives
-            await until(lambda: place.escapes(), "told")
+            await until_in_loop(lambda: place.escapes(), "told")
             stays(place, daemon, HOME)
             assert place.escapes()[0]["mover_pid"] == root.pid
 
@@ -515,13 +518,13 @@ def test_a_probe_that_is_loaded_anew(
             if not another:
                 (pinned,) = [each for each in pin_dir.iterdir() if each.is_dir()]
                 (pinned / "link_adopt_attach").unlink()
-                await until(lambda: not place.guard.status.told, "it is missed")
+                await until_in_loop(lambda: not place.guard.status.told, "it is missed")
                 assert "link_adopt_attach" in place.guard.status.reason
             place.sources = sources
             assert "in place of" in await asyncio.to_thread(probe.load, pin_dir, sources)
-            await until(lambda: place.attached == 2, "the guard uses the new one")
+            await until_in_loop(lambda: place.attached == 2, "the guard uses the new one")
             place.tree.put(daemon, ".")
-            await until(lambda: place.counted("root", "readopted") == 1, "told by the new one")
+            await until_in_loop(lambda: place.counted("root", "readopted") == 1, "told by the new one")
             stays(place, daemon, HOME)
 
     asyncio.run(story())
@@ -538,7 +541,7 @@ def test_without_a_probe_it_looks(monkeypatch: pytest.MonkeyPatch, start: Callab
             # A shell that is still there when it is looked at: who ends between two looks is missed.
             pid = start(session)
             place.tree.put(session.pid, ".")
-            await until(lambda: place.counted("unknown", "readopted") == 1, "counted")
+            await until_in_loop(lambda: place.counted("unknown", "readopted") == 1, "counted")
             stays(place, session.pid, HOME)
             stays(place, pid, HOME)
             assert place.metrics.registry.get_sample_value("adoptd_session_watch_attached") == 0

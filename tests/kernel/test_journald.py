@@ -27,9 +27,9 @@ mount --bind /run/machine-id /etc/machine-id
 {JOURNALD} 2> /run/journald.log &
 journald=$!
 trap 'kill $journald; wait $journald || true' EXIT
-for _ in $(seq 200); do [ -S /run/systemd/journal/socket ] && break; sleep 0.05; done
+for _ in $(seq 1000); do [ -S /run/systemd/journal/socket ] && break; sleep 0.05; done
 "$1" -c "$2"
-for _ in $(seq 100); do
+for _ in $(seq 500); do
     kill -s RTMIN+1 $journald
     journalctl --quiet --directory /run/log/journal --output json --all REQUEST_ID="$3" > /run/found
     [ -s /run/found ] && break
@@ -55,7 +55,7 @@ def found(request: str) -> Dict[str, object]:
         ["unshare", "--mount", "--propagation", "private", "bash", "-c", SCRIPT, "-", sys.executable, SENDER, request],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(Path(__file__).parents[2] / "agent")},
     )
     assert ended.returncode == 0, ended.stderr

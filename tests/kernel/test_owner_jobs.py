@@ -46,7 +46,8 @@ from kernel.actors import (
     listener,
 )
 from kernel.cgroup_tree import V2, Cgroups
-from kernel.sockets import cgroup2_mount, remove_cgroup, wait_until
+from kernel.sockets import cgroup2_mount, remove_cgroup
+from lab.waiting import until
 
 BUDGET_MS = 20_000.0
 _SYS_CLONE3 = 435
@@ -207,7 +208,7 @@ def test_a_pid_used_again_is_not_the_owner(scene: Scene, knows_cgroups: bool) ->
         assert os.waitpid(pid, 0)[1] == 0
         connected_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         ticks = os.sysconf("SC_CLK_TCK")
-        wait_until(lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME) - connected_ns > 2e9 / ticks, "two clock ticks")
+        until(lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME) - connected_ns > 2e9 / ticks, "two clock ticks")
         ready, done = os.pipe()
 
         def stranger() -> None:

@@ -26,7 +26,9 @@ from adoptd.deadline import Deadline
 from adoptd.model import Connection, Endpoint, Owner
 from adoptd.probe.pins import OpenProbe
 from kernel.actors import become
-from kernel.sockets import cgroup2_mount, remove_cgroup, wait_until
+from kernel.sockets import cgroup2_mount, remove_cgroup
+from lab.waiting import until
+from ports import free_port
 
 # ssh refuses users without an account; this one every distribution has.
 NOBODY = 65534
@@ -108,17 +110,11 @@ def ssh(opened: OpenProbe) -> Iterator[Ssh]:
             stack.callback(remove_cgroup, path)
         diag = DiagWitness()
         stack.callback(diag.close)
-        port = _free_port()
+        port = free_port()
         started: List[subprocess.Popen[str]] = []
         stack.callback(_end, started, cgroups)
         started.append(_serve(directory, port, cgroups["server"]))
         yield Ssh(directory, port, cgroups, (BpfWitness(opened), diag), started)
-
-
-def _free_port() -> int:
-    with socket.socket() as tried:
-        tried.bind((HOST, 0))
-        return int(tried.getsockname()[1])
 
 
 def _serve(directory: Path, port: int, cgroup: Path) -> subprocess.Popen[str]:
@@ -154,7 +150,7 @@ def _serve(directory: Path, port: int, cgroup: Path) -> subprocess.Popen[str]:
         with socket.socket() as tried:
             return tried.connect_ex((HOST, port)) == 0
 
-    wait_until(listens, "sshd listens")
+    until(listens, "sshd listens")
     return process
 
 
@@ -167,7 +163,7 @@ def _end(started: List[subprocess.Popen[str]], cgroups: Mapping[str, Path]) -> N
                 os.kill(pid, signal.SIGKILL)
         return not pids
 
-    wait_until(ended, "ssh and sshd have ended")
+    until(ended, "ssh and sshd have ended")
     for process in started:
         process.communicate()
 
@@ -197,7 +193,7 @@ def test_a_control_master_in_the_background(ssh: Ssh) -> None:
     """ControlPersist forks after it has connected: the process that connected has ended, its cgroup still counts."""
     control = f"{ssh.directory}/client/control"
     first = ssh.start("first", "-f", "-N", "-M", "-S", control, f"root@{HOST}")
-    assert first.wait(20) == 0
+    assert first.wait(60) == 0
     _, asked = ssh.session("second", "-S", control)
     owner = ssh.owner(asked)
     assert (owner.pid, owner.uid, ssh.place(owner)) == (first.pid, NOBODY, "first")

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Callable, Iterator, List, Mapping, Optional, Set, Tuple
 
 import pytest
-from real_agent import JobProcess, RealAgent, agent, job, made_agent, until, watchful
+from real_agent import JobProcess, RealAgent, agent, job, made_agent, watchful
 
 from adoptd import probe
 from adoptd.client import AgentError
 from adoptd.model import Connection
 from adoptd.probe import mounts, syscalls
-from lab.waiting import PATIENCE
+from lab.waiting import PATIENCE, until
 from marked_probe import in_kernel, marked_sources, tags_of
 
 __all__ = ["agent", "job", "watchful"]
@@ -193,7 +193,8 @@ def test_pins_exchanged_under_a_running_agent_are_put_right(
     probe.load(theirs / "adoptd")
     (other,) = (theirs / "adoptd").iterdir()
     loaded = watchful.lines(" probe_attached ")
-    _swap(pin_dir, name, other / name)
+    with watchful.paused():
+        _swap(pin_dir, name, other / name)
     until(lambda: watchful.lines(" probe_attached ") > loaded, "a probe that was loaded anew")
     _well(watchful, job)
     (mine,) = pin_dir.iterdir()
@@ -209,7 +210,8 @@ def test_a_link_exchanged_for_another_s_is_put_right(
     _well(watchful, job)
     probe.load(theirs / "adoptd")
     (other,) = (theirs / "adoptd").iterdir()
-    _swap(pin_dir, "link_connect4", other / "link_connect4")
+    with watchful.paused():
+        _swap(pin_dir, "link_connect4", other / "link_connect4")
     until(lambda: watchful.lines(" probe_attached ") >= 2, "a probe that was loaded anew")
     _well(watchful, job)
     (mine,) = pin_dir.iterdir()
@@ -237,7 +239,8 @@ def test_pins_removed_while_it_runs_come_back(watchful: RealAgent, job: JobProce
     """rm -r on the whole directory: the links go with it."""
     watchful.start()
     _well(watchful, job)
-    shutil.rmtree(pin_dir)
+    with watchful.paused():
+        shutil.rmtree(pin_dir)
     until(lambda: watchful.lines(" probe_attached ") >= 2, "a probe that was loaded anew")
     _well(watchful, job)
     assert watchful.lines("probe_unavailable") >= 1
@@ -291,7 +294,8 @@ def test_bpffs_unmounted_while_it_runs(unmounted: RealAgent, job: JobProcess, mo
     unmounted.start()
     _well(unmounted, job)
     for times in (1, 2):
-        assert _libc.umount2(os.fsencode(mount_point), 0) == 0
+        # Busy while the agent looks at its pins.
+        until(lambda: _libc.umount2(os.fsencode(mount_point), 0) == 0, "bpffs unmounted")
         until(lambda: "is not on bpffs" in str(unmounted.probe["reason"]), "the status says so")
         if unmounted.probe["attached"] is False:
             _degraded(unmounted, job, "is not on bpffs")
@@ -371,8 +375,8 @@ def test_upgrade_and_back_while_connections_are_open(
         with _Asking(agent, job, old) as asking:
             agent.restart(signal.SIGHUP)
             _well(agent, job)
+            until(lambda: asking.witnesses["bpf"] > 0, "an answer by the probe")
         assert asking.wrong == []
-        assert asking.witnesses["bpf"] > 0
         # Labelled by the seed iterator now.
         assert {agent.whois(connection)["witness"] for connection in old} == {"bpf"}
         tags.append(tags_of(pin_dir))

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Callable, List, Mapping, Union
@@ -21,6 +20,7 @@ from adoptd.probe import store, syscalls
 from adoptd.probe.record import Outcome
 from adoptd.probe.sources import find_sources
 from adoptd.probe.syscalls import LinkInfo, MapInfo, ProgInfo
+from lab.waiting import until
 
 PACKAGE_ROOT = str(Path(probe.__file__).resolve().parents[2])
 
@@ -40,13 +40,6 @@ def _listener() -> socket.socket:
 def _schema_dir(pin_dir: Path) -> Path:
     (only,) = [entry for entry in pin_dir.iterdir() if entry.is_dir()]
     return only
-
-
-def _wait(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, f"not within 10 s: {what}"
-        time.sleep(0.01)
 
 
 def _exists(kind: str, number: int) -> bool:
@@ -295,11 +288,11 @@ def test_upgrade_leaves_no_gap(pin_dir: Path, other_sources: Path) -> None:
         connecting = threading.Thread(target=connect_on)
         connecting.start()
         try:
-            _wait(lambda: len(clients) >= 3, "connections before the upgrade")
+            until(lambda: len(clients) >= 3, "connections before the upgrade")
             assert "in place of" in probe.load(pin_dir, other_sources)
             so_far = len(clients)
             most[0] = so_far + 10
-            _wait(lambda: len(clients) >= so_far + 3, "connections after the upgrade")
+            until(lambda: len(clients) >= so_far + 3, "connections after the upgrade")
         finally:
             stop.set()
             connecting.join()
@@ -333,7 +326,7 @@ def test_unload_leaves_nothing(pin_dir: Path) -> None:
     assert all(_exists(kind, number) for kind, number in ids)
     assert probe.unload(pin_dir).startswith("unloaded")
     assert not pin_dir.exists()
-    _wait(lambda: not any(_exists(kind, number) for kind, number in ids), f"{ids} are gone")
+    until(lambda: not any(_exists(kind, number) for kind, number in ids), f"{ids} are gone")
     assert probe.unload(pin_dir) == "was not loaded"
 
 

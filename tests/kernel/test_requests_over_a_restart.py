@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import signal
 import socket
-import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Iterator
 
 import pytest
-from real_agent import JobProcess, RealAgent, job, until
+from real_agent import PATIENCE_S, JobProcess, RealAgent, job
 from real_agent import settled_agent as agent
 
-from adoptd.client import ask_agent
 from adoptd.model import Connection, Endpoint
 from adoptd.seal import Seal, open_seal
 from adoptd.wire import frame
 from adoptd.wire.callerid import Outcome, Question, decode_answer, encode_question
-from adoptd.wire.control import Command
-from lab.waiting import PATIENCE
+from lab.waiting import PATIENCE, until
 from munged import Munged, running_munged
 
 __all__ = ["agent", "job"]
 
 pytestmark = pytest.mark.timeout(180 * PATIENCE)
 
-WAIT_S = 20.0 * PATIENCE
 # A question outlives the start of the agent that refuses it.
-TTL_S = min(10 * PATIENCE, 300)
+TTL_S = min(int(PATIENCE_S), 300)
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ def _question(seal: Seal, connection: Connection) -> bytes:
 
 
 def _send(made: RealAgent, sealed: bytes) -> socket.socket:
-    asking = socket.create_connection(("127.0.0.1", made.port), WAIT_S)
+    asking = socket.create_connection(("127.0.0.1", made.port), PATIENCE_S)
     asking.sendall(sealed)
     return asking
 
@@ -67,22 +64,6 @@ def _received(asking: socket.socket) -> bytes:
 
 def _outcome(seal: Seal, answer: bytes) -> Outcome:
     return decode_answer(seal.open(answer).payload).outcome
-
-
-def _gone(made: RealAgent, how: signal.Signals) -> None:
-    """End the agent, and return as soon as it has ended: the next one is not there yet."""
-    assert made.activator is not None
-    assert made.activator.stdout is not None
-    made.activator.send_signal(how)
-    while not made.activator.stdout.readline().startswith(b"ended"):
-        pass
-
-
-@contextlib.contextmanager
-def _next_agent(made: RealAgent) -> Iterator[None]:
-    before = made.ready_count()
-    yield
-    until(lambda: made.ready_count() > before, "the next agent")
 
 
 @pytest.mark.parametrize("scheme", ["key", "munge"])
@@ -109,11 +90,18 @@ def test_what_comes_while_there_is_no_agent_is_served_by_the_next(
     seal = _seal(agent, "munge", munged)
     agent.activate()
     connection = job.connect()
-    with _next_agent(agent):
-        _gone(agent, how)
-        asking = _send(agent, _question(seal, connection))
-        assert ask_agent(str(agent.user), Command("status", {}))["node"] == "n1"
-        assert _outcome(seal, _received(asking)) is Outcome.JOB
+    with ThreadPoolExecutor(1) as pool:
+        with agent.away(how):
+            asking = _send(agent, _question(seal, connection))
+            commanding = pool.submit(agent.status)
+            until(lambda: _waiting_at(agent.user), "a command that waits for an agent")
+        assert commanding.result()["node"] == "n1"
+    assert _outcome(seal, _received(asking)) is Outcome.JOB
+
+
+def _waiting_at(path: Path) -> bool:
+    """Whether somebody has connected to a socket: it has a row, and so has its end of each connection."""
+    return Path("/proc/net/unix").read_text().split().count(str(path)) > 1
 
 
 def test_a_question_under_a_key_from_before_the_start_is_refused(
@@ -122,9 +110,9 @@ def test_a_question_under_a_key_from_before_the_start_is_refused(
     """Under a key nobody but the agent remembers, and the one before it may have answered it: it must be asked anew."""
     seal = _seal(agent, "key", munged)
     agent.activate()
-    with _next_agent(agent):
-        _gone(agent, signal.SIGUSR1)
-        assert _received(_send(agent, _question(seal, job.connect()))) == b""
+    with agent.away(signal.SIGUSR1):
+        asking = _send(agent, _question(seal, job.connect()))
+    assert _received(asking) == b""
     assert agent.metric('adoptd_messages_refused_total{reason="replayed",socket="peer"}') == 1
 
 
@@ -133,11 +121,11 @@ def test_who_gave_up_while_there_was_no_agent_costs_nothing(agent: RealAgent, jo
     seal = _seal(agent, "munge", munged)
     agent.activate()
     gone = [_question(seal, job.connect()) for _ in range(50)]
-    with _next_agent(agent):
-        _gone(agent, signal.SIGUSR1)
+    with agent.away(signal.SIGUSR1):
         for sealed in gone:
             _send(agent, sealed).close()
-        assert _outcome(seal, _received(_send(agent, _question(seal, job.connect())))) is Outcome.JOB
+        asking = _send(agent, _question(seal, job.connect()))
+    assert _outcome(seal, _received(asking)) is Outcome.JOB
     assert agent.lines(" callerid_answered ") == 1
     # Not opened: each is still good for one answer.
     assert _outcome(seal, _received(_send(agent, gone[0]))) is Outcome.JOB
@@ -146,13 +134,16 @@ def test_who_gave_up_while_there_was_no_agent_costs_nothing(agent: RealAgent, jo
 def test_commands_over_restarts_in_order_are_all_answered(agent: RealAgent) -> None:
     """One after the other, without a pause, over five of them. (Only pam_adopt.so asks a killed agent's successor.)"""
     agent.activate()
+    assert agent.activator is not None
     for _ in range(5):
-        with _next_agent(agent):
-            assert agent.activator is not None
-            agent.activator.send_signal(signal.SIGHUP)
-            end = time.monotonic() + 1.0
-            while time.monotonic() < end:
-                assert agent.status()["node"] == "n1"
+        before = agent.ready_count()
+
+        def restarted(before: int = before) -> bool:
+            assert agent.status()["node"] == "n1"
+            return agent.ready_count() > before
+
+        agent.activator.send_signal(signal.SIGHUP)
+        until(restarted, "the next agent to be ready")
 
 
 def test_a_socket_outlives_its_agents(agent: RealAgent) -> None:

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from real_agent import PATIENCE_S, JobProcess, RealAgent, agent, job, until
+from real_agent import PATIENCE_S, JobProcess, RealAgent, agent, job
 
 from adoptd.deadline import Deadline
 from adoptd.probe import store
-from lab.waiting import PATIENCE
+from lab.waiting import PATIENCE, until
 from munged import running_munged
 
 __all__ = ["agent", "job"]

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
@@ -35,8 +34,7 @@ from adoptd.probe.record import CONNECTED_OF_USER_MAX, decode_connected
 from adoptd.workers import Workers
 from kernel.actors import ALICE, BOB, LIBC, Line, actor, become, bound, connection_of, fork, listener
 from kernel.cgroup_tree import V2, Cgroups
-from kernel.sockets import wait_until
-from lab.waiting import PATIENCE
+from lab.waiting import DEADLINE_S, PATIENCE, until
 
 BUDGET_MS = 20_000.0
 _CLONE_NEWNS, _MNT_DETACH = 0x20000, 2
@@ -144,7 +142,7 @@ class _Inside:
             await task
 
         threading.Thread(target=lambda: asyncio.run(run()), daemon=True).start()
-        assert attached.wait(10)
+        assert attached.wait(DEADLINE_S)
         return {}
 
     def _count(self) -> Dict[str, Any]:
@@ -195,7 +193,7 @@ class Scene:
                 os.read(stay, 1)
 
             pid = fork(connect)
-            wait_until(lambda: _is_connected(client), "connected")
+            until(lambda: _is_connected(client), "connected")
             line.say(client, port, pid=pid)
             if ends:
                 line.hear()
@@ -260,7 +258,7 @@ def test_the_job_of_an_owner_that_has_ended(
     line, facts = scene.connected()
     asked = connection_of(facts)
     if hidden is not HierarchyKind.V1:
-        wait_until(lambda: agent.knows(facts["pid"]), "noted")
+        until(lambda: agent.knows(facts["pid"]), "noted")
     assert agent.settle(asked) == JOB_A
     end(line)
     assert not Path(f"/proc/{facts['pid']}").exists()
@@ -292,7 +290,8 @@ def test_without_a_note_it_is_not_told(
     """The agent comes to look when the owner has ended: it is in no cgroup then, which is not taken for no job."""
     scene = Scene(stack, cgroups, [a_controller(cgroups)])
     # A first one has the port watched and is gone: what is told then waits in the ring.
-    scene.agent(shared_pin_dir).ask(do="count")
+    with contextlib.ExitStack() as first:
+        Agent(first, shared_pin_dir, scene.template, scene.port)
     agent = scene.agent(shared_pin_dir, taking=False)
     with contextlib.closing(open_connects(shared_pin_dir)) as connects:
         connects.watch([scene.port])
@@ -300,7 +299,9 @@ def test_without_a_note_it_is_not_told(
     end(line)
     assert agent.settle(connection_of(facts)) == NOT_TOLD, "a process that is only waited for is in no job"
     agent.ask(do="take")
-    time.sleep(0.2)
+    # What is told is read in order, so that was before.
+    _, later = scene.connected(ends=False)
+    until(lambda: agent.knows(later["pid"]), "a later one is noted")
     assert agent.settle(connection_of(facts)) == NOT_TOLD
 
 
@@ -313,7 +314,7 @@ def test_who_moves_afterwards_does_not_take_the_connection_along(
     scene = Scene(stack, cgroups, [a_controller(cgroups)])
     agent = scene.agent(shared_pin_dir)
     _, facts = scene.connected(ends=False)
-    wait_until(lambda: agent.knows(facts["pid"]), "noted")
+    until(lambda: agent.knows(facts["pid"]), "noted")
     scene.enter("B", facts["pid"])
     assert agent.settle(connection_of(facts)) == {**JOB_A, "moved": True}
 
@@ -354,10 +355,10 @@ def test_a_flood_disturbs_nobody_else(
     with probe.open_probe(shared_pin_dir) as opened:
         before = opened.counters()
         bob = actor(stack, flood(scene.port, BOB, 20_000))
-        wait_until(lambda: opened.counters()["connect_withheld"] > before["connect_withheld"], "BOB is too fast")
+        until(lambda: opened.counters()["connect_withheld"] > before["connect_withheld"], "BOB is too fast")
         drain(scene.server)
         line, facts = scene.connected()
-        wait_until(lambda: agent.knows(facts["pid"]), "ALICE's connection is noted")
+        until(lambda: agent.knows(facts["pid"]), "ALICE's connection is noted")
         bob.hear()
         after = opened.counters()
     told = after["connects"] - before["connects"]
@@ -391,11 +392,11 @@ def test_a_full_buffer_is_counted_and_got_over(
         assert opened.counters()["connect_lost"] > lost
         agent = scene.agent(shared_pin_dir)
         with contextlib.closing(open_connects(shared_pin_dir)) as connects:
-            wait_until(lambda: not select.select([connects.ring], [], [], 0)[0], "all is read")
+            until(lambda: not select.select([connects.ring], [], [], 0)[0], "all is read")
         told = opened.counters()["connects"]
         line, facts = scene.connected()
         assert opened.counters()["connects"] == told + 1
-        wait_until(lambda: agent.knows(facts["pid"]), "noted")
+        until(lambda: agent.knows(facts["pid"]), "noted")
     end(line)
     assert agent.settle(connection_of(facts)) == JOB_A
 

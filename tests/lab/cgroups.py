@@ -20,7 +20,7 @@ from typing import FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
 V1_CONTROLLERS = ("memory", "pids", "freezer")
 V2 = "v2"
 # A killed process may take a while to give back a large address space; nothing here is large.
-KILL_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)

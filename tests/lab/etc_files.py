@@ -130,8 +130,8 @@ def access_conf(allowed: User) -> str:
 
 # The scenarios show where sessions land, on machines that may have no processor time to spare for a second; the one
 # about time sets the agent's own default of 300 ms and the module's of 1000 ms, as often longer as all else.
-CALLERID_TIMEOUT_MS = min(2000 * PATIENCE, 10_000)
-PAM_TIMEOUT_MS = min(3000 * PATIENCE, 30_000)
+CALLERID_TIMEOUT_MS = min(3000 * PATIENCE, 10_000)
+PAM_TIMEOUT_MS = min(10_000 * PATIENCE, 30_000)
 
 
 def agent_toml(jobs_path: str, seal: str) -> str:

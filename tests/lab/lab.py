@@ -17,11 +17,11 @@ from lab.job_kinds import CgroupJobs, JobKind
 from lab.node import LogTail, Node, PamRecord
 from lab.nodes import Cluster
 from lab.slurm_jobs import SlurmJobs
-from lab.waiting import PATIENCE
+from lab.waiting import DEADLINE_S, PATIENCE
 
 # What a session is asked to say about itself.
 REPORT = "hostname; cat /proc/self/cgroup"
-LOGIN_TIMEOUT_S = 20.0 * PATIENCE
+LOGIN_TIMEOUT_S = DEADLINE_S * PATIENCE
 NOBODY_IN = "denied"
 
 

@@ -21,7 +21,7 @@ from lab import kernel
 from lab.cgroups import Group
 from lab.etc_files import MAPPED_PORT, ROOT, SSHD_PORT, User, pam_sshd
 from lab.node_runner import SOURCE_IN_NODE
-from lab.waiting import PATIENCE, until
+from lab.waiting import DEADLINE_S, PATIENCE, until
 
 PYTHON = "/usr/bin/python3"
 SSHD = "/usr/sbin/sshd"
@@ -202,7 +202,7 @@ class Node:
             start_new_session=True,
         )
 
-    def run(self, argv: Sequence[str], *, text: str = "", timeout_s: float = 20.0) -> str:
+    def run(self, argv: Sequence[str], *, text: str = "", timeout_s: float = DEADLINE_S) -> str:
         """Run a program in the node as root and return its output. Raises RuntimeError with its errors if it fails."""
         with self.popen(argv, stdin=subprocess.PIPE) as process:
             try:
@@ -381,5 +381,5 @@ class Node:
 
     def metrics(self) -> List[str]:
         """The agent's metrics page, fetched from inside the node, by line."""
-        fetch = f"import urllib.request as u; print(u.urlopen('{METRICS_URL}', timeout=5).read().decode())"
+        fetch = f"import urllib.request as u; print(u.urlopen('{METRICS_URL}', timeout=30).read().decode())"
         return self.run([PYTHON, "-c", fetch]).splitlines()

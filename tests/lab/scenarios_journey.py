@@ -14,13 +14,13 @@ from lab.waiting import PATIENCE, has_ended, until
 # A refused connection is answered in microseconds: half of what callerid may take here shows that nobody waited for it.
 REFUSED_FAST_MS = CALLERID_TIMEOUT_MS / 2
 # Dropped packets cost the 300 ms that callerid may take by default. Less would mean that nothing was dropped; more,
-# that the agent waited for longer than its budget. The upper figure has room for a busy machine: it is what the module
-# may take by default. All three are longer in an emulated machine.
+# that the agent waited for longer than its budget. The upper figure has room for a busy machine: it is what
+# pam_slurm_adopt waits for. All three are longer in an emulated machine.
 BUDGET_MS = 300 * PATIENCE
-DROPPED_MS = (250.0 * PATIENCE, 1000.0 * PATIENCE)
+DROPPED_MS = (250.0 * PATIENCE, 2000.0 * PATIENCE)
 ANSWERS = ("-o", "PreferredAuthentications=keyboard-interactive")
 # The job's end must reach the client at once; the rest is room for a busy machine.
-SESSION_END_S = 5.0
+SESSION_END_S = 20.0
 
 
 def source_without_agent_refused(lab: Lab) -> Outcome:
@@ -39,7 +39,7 @@ def source_without_agent_refused(lab: Lab) -> Outcome:
 def source_drops_packets(lab: Lab) -> Outcome:
     """node1 drops packets to its agent: callerid gives up within its budget, and the login goes on."""
     seen = Findings()
-    lab.pam(f"action_unknown=newest timeout_ms={DROPPED_MS[1]:.0f}")
+    lab.pam("action_unknown=newest")
     tail = lab.second.syslog()
     budget = lab.agent_settings(lab.second, f"[callerid]\ntimeout_ms = {BUDGET_MS}\n")
     with budget, lab.jobs(2) as (older, newest), lab.packets_dropped(lab.first):

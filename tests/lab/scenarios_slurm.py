@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Iterator, Optional, Tuple
 
 from lab.etc_files import ALICE
-from lab.lab import REPORT, Lab, Session
+from lab.lab import LOGIN_TIMEOUT_S, REPORT, Lab, Session
 from lab.node import PYTHON
 from lab.outcome import Findings, Outcome
 from lab.slurm_cgroups import job_of
@@ -157,7 +157,7 @@ def x11_display(lab: Lab) -> Outcome:
                 # The display of the client's own environment must not be what is seen.
                 command = f"{PYTHON} -c '{_quoted(_X_CLIENT.replace('TOKEN', token))}'"
                 session = lab.start_login(command=command, env={"DISPLAY": ":5"})
-                out, err = session.process.communicate(timeout=20)
+                out, err = session.process.communicate(timeout=LOGIN_TIMEOUT_S)
                 lines = [*out.decode().splitlines(), "", ""]
                 got = server.stdout.readline().decode().strip() if session.process.returncode == 0 else err.decode()
                 display, _, authority = lines[0].partition(" ")
@@ -188,7 +188,7 @@ def namespace_join(lab: Lab) -> Outcome:
             slurm.run([*write, f"echo {job} > {file}"], user=ALICE, node=lab.first)
         for job in jobs:
             login = lab.start_login(job=job, command=f"cat {file}; readlink /proc/self/ns/mnt; ls -A /tmp | wc -l")
-            out, err = login.process.communicate(timeout=20)
+            out, err = login.process.communicate(timeout=LOGIN_TIMEOUT_S)
             lines = out.decode().split("\n")
             seen.check(
                 f"{file} in a session in {job}", f"job {job}'s", f"job {lines[0]}'s" if lines[0] else err.decode()
@@ -196,7 +196,7 @@ def namespace_join(lab: Lab) -> Outcome:
         seen.check("on the node itself", "not there", "there" if lab.second.path(file).exists() else "not there")
         lab.pam("action_unknown=deny join_container=false")
         login = lab.start_login(job=jobs[0], command=f"cat {file} 2>/dev/null || echo not there; true")
-        out, _ = login.process.communicate(timeout=20)
+        out, _ = login.process.communicate(timeout=LOGIN_TIMEOUT_S)
         seen.check("with join_container=false", "not there", out.decode().strip())
     seen.record(lab.pam_records(tail))
     return seen.outcome("the agent hands the job's mount namespace to sshd's PAM, which enters it")
@@ -209,7 +209,7 @@ def memory_limit_applies(lab: Lab) -> Outcome:
     tail = lab.second.syslog()
     with _job_with(lab, f"--mem={JOB_MEMORY_MB}") as job:
         session = lab.start_login(command=f"{GREEDY}; echo $?")
-        out, err = session.process.communicate(timeout=20)
+        out, err = session.process.communicate(timeout=LOGIN_TIMEOUT_S)
         got = out.decode().strip()
         seen.check(
             f"{4 * JOB_MEMORY_MB} MB in a job of {JOB_MEMORY_MB}",

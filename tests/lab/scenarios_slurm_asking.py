@@ -10,10 +10,10 @@ from lab.lab import NOBODY_IN, REPORT, Lab
 from lab.outcome import Findings, Outcome
 from lab.scenarios_slurm import slurm_of
 
-SALLOC_TIMEOUT_S = 30.0
+SALLOC_TIMEOUT_S = 100.0
 # scontrol is a process that must be started, which on a busy machine takes more than the 300 ms that are the default.
-FALLBACK = '[callerid]\nfallback = "slurm"\ntimeout_ms = 2000\n'
-FALLBACK_PAM = "action_unknown=deny timeout_ms=5000"
+FALLBACK = '[callerid]\nfallback = "slurm"\ntimeout_ms = 10000\n'
+FALLBACK_PAM = "action_unknown=deny timeout_ms=30000"
 
 
 def ssh_in_salloc(lab: Lab) -> Tuple[str, str]:

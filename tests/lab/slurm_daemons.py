@@ -34,8 +34,9 @@ CONF_DIR = "/etc/slurm"
 STATE_DIR = "/var/lib/slurm"
 SPOOL_DIR = f"{STATE_DIR}/slurmd"
 MUNGE_SOCKET = "/run/munge/munge.socket.2"
-NODES_UP_TIMEOUT_S = 40.0
-JOB_TIMEOUT_S = 40.0
+# A slurmd that was killed while the controller was busy with it is asked again after a minute.
+NODES_UP_TIMEOUT_S = 100.0
+JOB_TIMEOUT_S = 100.0
 # What a job sees as its own /tmp is a directory here, on the node.
 CONTAINER_DIR = "/run/job-containers"
 CONTAINER_CONF = f"AutoBasePath=true\nBasePath={CONTAINER_DIR}\n"

@@ -24,9 +24,9 @@ from marked_probe import in_kernel, marked_sources, tags_of
 pytestmark = pytest.mark.timeout(900)
 
 PAM_SUCCESS = 0
-BUDGET_MS = 5000
+BUDGET_MS = 20_000
 # What a phase takes beside waiting for the agent, on two cores that are busy.
-SLACK_MS = 1000
+SLACK_MS = 5000
 OPTIONS = f"action_no_jobs=deny action_unknown=deny action_generic_failure=deny timeout_ms={BUDGET_MS}"
 ROUNDS = 10
 SETTINGS = "/etc/adoptd/conf.d/50-survival.toml"
@@ -98,7 +98,9 @@ def test_the_agent_ends_again_and_again_during_logins(
 
         def ssh(number: int) -> Tuple[str, str]:
             job = jobs[number % 2]
-            return f"job {job} on node2", lab.login(job=job).landed
+            login = lab.login(job=job)
+            right = f"job {job} on node2"
+            return right, right if login.landed == right else f"{login.landed}: {login.errors}"
 
         with _Killer(activated, how) as killer, ThreadPoolExecutor(6) as pool:
             landed = [pool.submit(ssh, number) for number in range(logins)]
@@ -109,12 +111,12 @@ def test_the_agent_ends_again_and_again_during_logins(
             pairs = [each.result() for each in landed]
         # As many as the logins took time for: the faster the machine, the fewer.
         assert killer.times >= 2
-        assert [pair for pair in pairs if pair[0] != pair[1]] == []
         told = Counter(
             tuple(r.fields.get(name, "-") for name in ("verdict", "reason", "fault"))
             for r in lab.pam_records(tail)
             if r.fields.get("phase") == "account"
         )
+        assert [pair for pair in pairs if pair[0] != pair[1]] == [], told
         assert Counter(each.rc for each in storm.phases) == {PAM_SUCCESS: accounts}, told
         assert max(each.ms for each in storm.phases) < BUDGET_MS + SLACK_MS
         records = [r for r in lab.pam_records(tail) if r.fields.get("phase") == "account"]

@@ -37,7 +37,7 @@ def public_path() -> Iterator[Path]:
 def as_nobody(code: str, *arguments: str) -> str:
     """What ``code`` prints when run as nobody; it must end with status 0."""
     ended = subprocess.run(
-        nobody_command(code, *arguments), capture_output=True, text=True, timeout=30, env=environment()
+        nobody_command(code, *arguments), capture_output=True, text=True, timeout=120, env=environment()
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

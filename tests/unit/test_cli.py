@@ -141,7 +141,7 @@ def test_only_root_runs_the_agent() -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
     )
     assert (ended.stdout, ended.stderr) == ("1\n", "run: the agent runs as root, not as uid 65534\n")
 
@@ -260,7 +260,7 @@ def test_a_reader_that_has_gone_is_no_traceback(tmp_path: Path) -> None:
             stdout=writing,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=30,
+            timeout=120,
         )
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (1, "")

@@ -19,6 +19,7 @@ from scripted import Reply, scripted_agent
 from adoptd.cli import adoptctl_main
 from adoptd.printing import event_line
 from adoptd.wire.control import Command, Result, encode_result
+from lab.waiting import until
 
 Captured = pytest.CaptureFixture[str]
 
@@ -148,6 +149,8 @@ def run_watch(path: Path, *words: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Ignored by all that a shell starts in the background, us among them, and by what we start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -156,7 +159,7 @@ def test_watch_prints_lines_until_the_agent_goes(tmp_path: Path) -> None:
     script = stream(EVENT, {"dropped": 3}, {"end": "the agent is stopping"})
     with scripted_agent(tmp_path / "s", lambda command: script) as commands:
         out, err = run_watch(tmp_path / "s", "--kind", "adoption", "--kind", "denial", "--user", "x").communicate(
-            timeout=20
+            timeout=120
         )
     assert commands[0] == Command("watch", {"kinds": "adoption,denial", "user": "x"})
     first, second = out.splitlines()
@@ -171,7 +174,7 @@ def test_watch_as_json_is_one_document_per_line(tmp_path: Path) -> None:
     script = stream(EVENT, {"dropped": 3})
     with scripted_agent(tmp_path / "s", lambda command: script):
         process = run_watch(tmp_path / "s", "--json")
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
     assert [json.loads(line) for line in out.splitlines()] == [EVENT, {"dropped": 3}]
     assert (process.returncode, err) == (1, "watch: the agent has gone; it may have been restarted\n")
 
@@ -186,10 +189,9 @@ def test_watch_is_interrupted_without_a_traceback(tmp_path: Path) -> None:
 
     with scripted_agent(tmp_path / "s", script) as commands:
         process = run_watch(tmp_path / "s")
-        while not commands:
-            assert process.poll() is None
+        until(lambda: commands or process.poll() is not None, "the command")
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
         os.write(writer, b"x")
     os.close(reader)
     os.close(writer)

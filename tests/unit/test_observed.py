@@ -200,7 +200,7 @@ def test_a_login_through_both_phases(
             backend.of_process[os.getpid()] = None if phase is Phase.ACCOUNT else place  # type: ignore[assignment]
             request = PamRequest(phase, mode, options, ALICE, 1000, ENDS, "sshd", "alice", "", True, False)
             with open_process(os.getpid()) as process:
-                reply, _ = await adoptions.serve(request, process, Deadline.after_ms(2000.0))
+                reply, _ = await adoptions.serve(request, process, Deadline.after_ms(30_000.0))
             assert not (mode is Mode.OBSERVE and reply.adopted)
 
     asyncio.run(login(Mode.OBSERVE))

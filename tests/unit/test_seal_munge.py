@@ -120,7 +120,7 @@ def test_a_payload_over_the_bound_is_refused_in_both_directions(munged: Munged, 
 def credential_by_command(munged: Munged, payload: bytes, *options: str) -> bytes:
     """A credential made by munge(1), so that the tests do not rest on the seal they test."""
     command = ["munge", f"--socket={munged.socket}", *options]
-    return subprocess.run(command, input=payload, stdout=subprocess.PIPE, check=True, timeout=30).stdout.strip()
+    return subprocess.run(command, input=payload, stdout=subprocess.PIPE, check=True, timeout=60).stdout.strip()
 
 
 # --- refused by munged -------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def fails_both_ways(seal: MungeSeal) -> Tuple[float, float]:
 
 def test_without_a_socket_both_fail_at_once(tmp_path: Path) -> None:
     """munged never started: UNAVAILABLE, and no waiting."""
-    assert max(fails_both_ways(MungeSeal(str(tmp_path / "absent"), TTL_S))) < 1
+    assert max(fails_both_ways(MungeSeal(str(tmp_path / "absent"), TTL_S))) < 2
 
 
 def test_with_a_dead_munged_both_fail_within_seconds_and_recover() -> None:
@@ -258,7 +258,7 @@ def test_with_a_dead_munged_both_fail_within_seconds_and_recover() -> None:
         seal = MungeSeal(munged.socket, TTL_S)
         seal.open(seal.seal(b"question"))
         munged.kill()
-        assert max(fails_both_ways(seal)) < 6
+        assert max(fails_both_ways(seal)) < 9
         with running_munged(munged.key) as successor:
             Path(munged.socket).unlink()
             Path(munged.socket).symlink_to(successor.socket)
@@ -376,7 +376,7 @@ def test_a_credential_of_the_munge_command_opens(munged: Munged, seal: MungeSeal
     options = ("--cipher=aes256", "--mac=sha512", "--restrict-uid=0")
     assert seal.open(credential_by_command(munged, b"question", *options)).payload == b"question"
     command = ["unmunge", f"--socket={munged.socket}"]
-    shown = subprocess.run(command, input=seal.seal(b"question"), stdout=subprocess.PIPE, check=True, timeout=30).stdout
+    shown = subprocess.run(command, input=seal.seal(b"question"), stdout=subprocess.PIPE, check=True, timeout=60).stdout
     assert b"UID_RESTRICTION: root (0)" in b" ".join(shown.split())
     assert b"TTL: 60" in b" ".join(shown.split())
     assert shown.endswith(b"question")
@@ -428,12 +428,12 @@ def test_contexts_are_freed_with_their_thread_and_at_close(munged: Munged, monke
         thread.join()
     assert len(created) == 10
     assert sorted(destroyed) == sorted(created)
-    used, done = threading.Barrier(2, timeout=30), threading.Event()
+    used, done = threading.Barrier(2, timeout=60), threading.Event()
 
     def stay() -> None:
         seal.seal(b"question")
         used.wait()
-        done.wait(30)
+        done.wait(60)
 
     staying = threading.Thread(target=stay)
     staying.start()
@@ -462,15 +462,15 @@ def test_close_waits_for_nobody_and_frees_nothing_in_use() -> None:
         await_connection(munged)
         started_at = time.monotonic()
         seal.close()
-        assert time.monotonic() - started_at < 1
+        assert time.monotonic() - started_at < 5
         munged.resume()
-        hanging.join(30)
+        hanging.join(60)
         assert opened == [b"question"]
 
 
 def await_connection(munged: Munged) -> None:
     """Until a client waits on the paused daemon's socket: two rows of the path, the listener's and its own."""
-    give_up_at = time.monotonic() + 10
+    give_up_at = time.monotonic() + 60
     while Path("/proc/net/unix").read_text().split().count(munged.socket) < 2:
         assert time.monotonic() < give_up_at
         time.sleep(0.005)
