@@ -10,10 +10,13 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Callable, List, Mapping
 
 import pytest
+import yaml
 
 from adoptd import config
 from adoptd.cli import adoptctl_parser, adoptd_parser
@@ -147,6 +150,39 @@ def test_journal_fields_are_the_logs() -> None:
     table = PAGE[PAGE.index("| field | |") :].split("\n\n")[0]
     named = set(re.findall(r"`([A-Z_]+)`", table)) - {"ADOPTD_"}
     assert named == {*JOURNAL_FIELDS.values(), "ADOPTD_EVENT"}
+
+
+def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+    """By promtool; its job is the one that the alerts ask for, its port the metrics', its rules the package's."""
+    (block,) = blocks(PAGE, "yaml")
+    file = tmp_path / "prometheus.yml"
+    file.write_text(block.text, encoding="ascii")
+    done = subprocess.run(
+        ["promtool", "check", "config", "--syntax-only", file], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = yaml.safe_load(block.text)
+    (job,) = shown["scrape_configs"]
+    assert f'up{{job="{job["job_name"]}"}}' in read("dashboards/alerts.yml")
+    targets = job["static_configs"][0]["targets"]
+    assert {int(target.rpartition(":")[2]) for target in targets} == {Config().metrics.port}
+    assert [(ROOT / "dashboards" / Path(name).name).exists() for name in shown["rule_files"]] == [True, True]
+
+
+def test_the_firewall_rules_are_nftables_own(tmp_path: Path) -> None:
+    """nft takes them, in a chain such as the page speaks of; and they let in both IP versions."""
+    (block,) = blocks(PAGE, "nft")
+    file = tmp_path / "rules"
+    head = "table inet filter {\nchain input {\ntype filter hook input priority filter; policy accept;\n"
+    file.write_text(f"{head}{block.text}\n}}\n}}\n", encoding="ascii")
+    nft = shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin") or "nft"
+    done = subprocess.run(
+        ["unshare", "--net", nft, "--check", "--file", file], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    port = str(Config().callerid.port)
+    assert [line.split()[:3] for line in block.text.splitlines()[1:]] == [["tcp", "dport", port]] * 3
+    assert {"ip", "ip6"} <= set(block.text.split())
 
 
 def test_ports_and_units_are_those_of_the_code() -> None:
