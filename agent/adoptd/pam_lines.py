@@ -28,6 +28,8 @@ _SERVICES_MAX = 16
 _FILE_MAX_BYTES = 1 << 20
 _FILES_MAX = 256
 
+# Whose logins a line is for that does not say.
+_SERVICE = "sshd"
 _LEVELS = ("quiet", "fatal", "error", "info", "verbose", "debug", "debug2", "debug3", "debug4", "debug5")
 
 
@@ -118,6 +120,17 @@ def wrong_options(line: PamLine) -> List[str]:
     return faults
 
 
+def options_of(line: PamLine) -> Mapping[str, str]:
+    """The options in force: of one that is there twice the last counts, as in the module."""
+    pairs = (word.partition("=") for word in line.words)
+    return {name: value for name, _, value in pairs}
+
+
+def is_for(line: PamLine, service: str) -> bool:
+    """Whether the module does anything there for ``service``, whose case it does not look at."""
+    return options_of(line).get("service", _SERVICE).lower() in ("*", service.lower())
+
+
 def adopt_lines(service: str, directory: Path = PAM_DIRECTORY) -> List[PamLine]:
     """The lines of ``service`` that load the module, includes followed, in order. Raises OSError."""
     return [line for line in lines_of(service, directory) if line.loads(MODULE)]
@@ -154,8 +167,9 @@ class AccountAlone:
         except (OSError, ValueError):
             # ValueError: a NUL in the name.
             return False
-        # A line that only observes joins nothing.
-        kinds = {line.kind for line in lines if "mode=observe" not in map(str.lower, line.words)}
+        # A line that only observes joins nothing, nor does one for another service.
+        acting = [line for line in lines if options_of(line).get("mode", "").lower() != "observe"]
+        kinds = {line.kind for line in acting if is_for(line, service)}
         return "account" in kinds and "session" not in kinds
 
 

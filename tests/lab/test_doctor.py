@@ -390,7 +390,10 @@ CASES: Dict[str, Case] = {
         ("never asked", "pam_unix.so"),
     ),
     "module not there": Case(
-        pam(lambda stack: stack.replace("pam_adopt.so", "lost/pam_adopt.so")), "failure", "module", ("not in",)
+        pam(lambda stack: stack.replace("pam_adopt.so", "lost/pam_adopt.so")),
+        "failure",
+        "module",
+        ("which is not there",),
     ),
     "module cut short": Case(
         pam(lambda stack: re.sub(r"\S+/pam_adopt\.so", CUT_SHORT, stack)),

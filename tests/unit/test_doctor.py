@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import stat
+import subprocess
 import threading
 from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple
@@ -179,9 +180,15 @@ PROBE = probing.ProbeFacts("abc", None, None, True, None, {"labelled": 7, "stora
         ({"problem": "not loaded", "trial": ""}, WARNING, "this kernel takes it"),
         ({"problem": "not loaded", "trial": "EPERM"}, WARNING, "fails: EPERM"),
         ({"self_test": "of pid 3"}, WARNING, "self-test fails: of pid 3"),
+        ({"self_test": "is unlabelled", "optmem": 64, "trial": "is unlabelled"}, WARNING, "net.core.optmem_max is 64"),
+        ({"self_test": "is unlabelled", "optmem": 131072}, WARNING, "is unlabelled"),
+        ({"optmem": 64}, OK, ""),
         ({"watch": "no tracepoint"}, WARNING, "no tracepoint"),
         ({"counters": {"storage_refused": 3, "labelled": 7}}, WARNING, "of 10 connections 3"),
         ({"counters": {"storage_refused": 3, "labelled": 700}}, OK, ""),
+        ({"counters": {"storage_refused": 3, "labelled": 7}, "optmem": 20480}, WARNING, "of 10 connections 3"),
+        # It was raised since.
+        ({"counters": {"storage_refused": 3, "labelled": 7}, "optmem": 131072}, OK, ""),
         ({"leftovers": ("/sys/fs/bpf/adoptd-doctor-1",)}, WARNING, "earlier doctor"),
         ({"pins_fault": "has mode 0755"}, FAILURE, "0755"),
         ({"pins_fault": "is missing"}, OK, ""),
@@ -281,6 +288,10 @@ def test_slurm(change: Dict[str, object], grade: Grade, words: str) -> None:
         ("/etc/slurm/slurm.conf: everybody can write it", "chmod go-w /etc/slurm/slurm.conf"),
         ("slurmuser 'x' is no user of this host", "getent passwd"),
         ("/a/gone.conf: No such file or directory", "put /a/gone.conf there"),
+        ("/n/slurm.conf: Permission denied", "let root read it"),
+        ("/n/slurm.conf: Stale file handle", "findmnt -T /n/slurm.conf"),
+        ("/a/b.conf: more than 64 files include each other", "take out the include"),
+        ("/a/b.conf: SlurmdSpoolDir 'x' is not an absolute path", "has to begin with /"),
         ("anything else", "put it right"),
     ],
 )
@@ -299,6 +310,16 @@ def test_the_fallback(tmp_path: Path) -> None:
     assert said() == []
     assert judged(said(fallback="slurm", slurm_scontrol="/bin/true"))[0] is OK
     assert judged(said(fallback="slurm", slurm_scontrol=f"{tmp_path}/none"))[0] is WARNING
+
+
+def test_jobs_that_cannot_be_listed() -> None:
+    """Told for itself only where nothing else says why."""
+    for backend, why in (("slurm", "slurm"), ("cgroup", "cgroups")):
+        unlisted = jobs.judge_unlisted(backend, "no such directory")
+        assert any("no such directory" in line for line in as_lines([unlisted], 200))
+        lines = as_lines([unlisted, failure(why, "it is missing", "make it")], 200)
+        assert "(also for: jobs)" in lines[0]
+        assert not any("no such directory" in line for line in lines)
 
 
 def test_job_directories() -> None:
@@ -341,6 +362,33 @@ def test_an_adoption_for_trial(refuses: bool, keeps: bool, grade: Grade, words: 
     assert not Path(f"/proc/{backend.pid}").exists()
     (nothing,) = adopting.try_adoption(backend, ())  # type: ignore[arg-type]
     assert "not tried" in nothing.seen
+
+
+def test_a_process_for_trial_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a frozen cgroup of v1: it is not waited for, and said; whether it was taken or not."""
+    waited: List[Optional[float]] = []
+
+    class Stuck:
+        """A child that takes its time to die."""
+
+        pid = os.getpid()
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def kill(self) -> None:
+            pass
+
+        def wait(self, timeout: Optional[float] = None) -> None:
+            waited.append(timeout)
+            raise subprocess.TimeoutExpired("sleep", timeout or 0.0)
+
+    monkeypatch.setattr("adoptd.doctor.adopting.subprocess.Popen", Stuck)
+    for refuses in (False, True):
+        (found,) = adopting.try_adoption(_Backend(refuses, True), (Job("7", 1000, 1, (1,)),))  # type: ignore[arg-type]
+        assert (found.grade, "cannot be ended there" in found.seen) == (FAILURE, True)
+        assert "scontrol resume 7" in found.remedy
+    assert None not in waited
 
 
 # ---- sshd
@@ -446,6 +494,8 @@ def test_clock(state: Optional[int], grade: Grade) -> None:
 )
 def test_sockets(status: Optional[Tuple[int, int]], grade: Grade, words: str) -> None:
     """Exactly what the agent makes."""
+    (hidden,) = sockets.judge_socket("pam_socket", "/proc/none", None, 0o600)
+    assert "umount /proc if it is not meant to be" in hidden.remedy
     found = list(sockets.judge_socket("pam_socket", "/p", status, 0o600))
     assert judged(found)[0] is grade
     assert words in judged(found)[1]

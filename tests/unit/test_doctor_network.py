@@ -38,6 +38,39 @@ def test_ports(wanted: List[Tuple[str, str, int]], listeners: List[ports.Listene
     assert words in judged(found)[1] or not words
 
 
+def test_a_port_that_another_program_of_roots_has() -> None:
+    """Not the agent's, nor the service manager's for it."""
+    for pids, agent, grade in (
+        ((7,), 7, OK),
+        ((1,), 7, OK),
+        ((1, 7), 7, OK),
+        ((), 7, OK),
+        ((8,), None, OK),
+        ((8,), 7, FAILURE),
+    ):
+        listener = ports.Listener(HERE, 6830, ("x (pid 8)",), 0, pids)
+        found = list(ports.judge_ports(ASKED, [listener], True, ipv6=True, agent=agent))
+        assert judged(found)[0] is grade, (pids, agent)
+    (found_,) = ports.judge_ports([("metrics", "0.0.0.0", 6830)], [listener], True, ipv6=True, agent=7)
+    assert (found_.grade, "held by x (pid 8), and not by the agent" in found_.seen) == (WARNING, True)
+
+
+@pytest.mark.parametrize(
+    ("listen", "metrics", "metrics_port", "clash"),
+    [
+        (("0.0.0.0", "::"), "127.0.0.1", 6830, True),
+        (("0.0.0.0", "::"), "127.0.0.1", 9830, False),
+        (("10.0.0.1",), "0.0.0.0", 6830, True),
+        (("10.0.0.1",), "127.0.0.1", 6830, False),
+        (("::",), "127.0.0.1", 6830, False),
+    ],
+)
+def test_two_of_ours_at_one_place(listen: Tuple[str, ...], metrics: str, metrics_port: int, clash: bool) -> None:
+    """Only one of them gets it."""
+    found = list(ports.judge_overlap(listen, 6830, metrics, metrics_port))
+    assert [each.grade for each in found] == ([FAILURE] if clash else [])
+
+
 def test_callerid_switched_off_is_said() -> None:
     """It is not what most sites want."""
     assert judged(list(ports.judge_ports([], [], False)))[0] is WARNING

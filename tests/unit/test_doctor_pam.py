@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import List, Tuple
 
@@ -11,22 +14,30 @@ import pytest
 
 from adoptd.config import Config
 from adoptd.doctor.findings import Finding, Grade, Scene, worst
-from adoptd.doctor.module import ModuleFile, judge_module
-from adoptd.doctor.pam import judge_sockets, judge_stack, judge_time, look_at_stack
+from adoptd.doctor.lines import judge_sockets, judge_time
+from adoptd.doctor.pam import judge_others, judge_stack, look_at_stack
 from adoptd.doctor.services import look_at_services
-from adoptd.pam_lines import PamLine, lines_of
+from adoptd.pam_lines import lines_of
 
 SOUND = "account required pam_adopt.so\nsession required pam_adopt.so\n"
+# What says yes of root: our module leaves root to others, and libpam takes that alone for a no.
+YES = "account required pam_permit.so\nsession required pam_permit.so\n"
 RECOMMENDED = "[success=ok new_authtok_reqd=ok ignore=ignore module_unknown=ignore default=bad]"
 # Debian 12's, without the comments.
 COMMON_ACCOUNT = (
     "account [success=1 new_authtok_reqd=done default=ignore] pam_unix.so\n"
     "account requisite pam_deny.so\naccount required pam_permit.so\n"
 )
+# RHEL 8's and 9's, as authselect writes it.
+RHEL_ACCOUNT = (
+    "account required pam_unix.so\naccount sufficient pam_localuser.so\n"
+    "account sufficient pam_usertype.so issystem\n"
+    "account [default=bad success=ok user_unknown=ignore] pam_sss.so\naccount required pam_permit.so"
+)
 
 
 def findings(directory: Path, stack: str, service: str = "sshd") -> List[Finding]:
-    (directory / service).write_text(stack)
+    (directory / service).write_text(stack + YES)
     return list(judge_stack(service, directory / service, lines_of(service, directory)))
 
 
@@ -101,7 +112,7 @@ def test_a_name_with_a_zero_in_it(tmp_path: Path) -> None:
 def test_who_can_write_a_stack(tmp_path: Path) -> None:
     """Root alone; an included file counts as well."""
     tmp_path.chmod(0o755)
-    (tmp_path / "sshd").write_text("@include other\n" + SOUND)
+    (tmp_path / "sshd").write_text("@include other\n" + SOUND + YES)
     (tmp_path / "other").write_text("account required pam_unix.so\n")
     for path in tmp_path.iterdir():
         path.chmod(0o644)
@@ -126,6 +137,7 @@ def test_who_can_write_a_stack(tmp_path: Path) -> None:
         # Lets those past that it is there for, as sites want it.
         ("account sufficient pam_access.so", Grade.OK),
         ("account [success=1 default=ignore] pam_succeed_if.so user ingroup admins", Grade.OK),
+        (RHEL_ACCOUNT, Grade.OK),
         # Jumps no further than the line before us.
         ("account [success=1 default=ignore] pam_unix.so\naccount requisite pam_deny.so", Grade.OK),
         ("account required pam_unix.so", Grade.OK),
@@ -245,7 +257,8 @@ def test_a_service_that_the_line_is_not_for(tmp_path: Path) -> None:
     for word in ("service=login", "service=ssh"):
         grade, seen = said(tmp_path, SOUND.replace("adopt.so", f"adopt.so {word}"))
         assert (grade, "does nothing for sshd" in seen) == (Grade.FAILURE, True)
-    assert said(tmp_path, SOUND.replace("adopt.so", "adopt.so service=*"))[0] is Grade.OK
+    for word in ("service=*", "service=SSHD", "SERVICE=sshd"):
+        assert said(tmp_path, SOUND.replace("adopt.so", f"adopt.so {word}"))[0] is Grade.OK
     assert worst(findings(tmp_path, SOUND, "cockpit")) is Grade.FAILURE
 
 
@@ -276,11 +289,14 @@ def test_a_line_that_asks_another_socket(tmp_path: Path) -> None:
     (found,) = asked(SOUND.replace("pam_adopt.so\nsession", "pam_adopt.so socket=/x\nsession"))
     assert (found.grade, found.seen) == (
         Grade.FAILURE,
-        f"{tmp_path}/sshd:1: asks at /x, the agent answers at /run/adoptd/pam.sock",
+        f"{tmp_path}/sshd:1: asks at /x, the agent's [agent] pam_socket is /run/adoptd/pam.sock",
     )
     assert asked(SOUND) == []
     assert len(asked(SOUND, "/y")) == 2
     assert asked(SOUND.replace("pam_adopt.so", "pam_adopt.so socket=/x socket=/y"), "/y") == []
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert asked(SOUND.replace(".so", f".so socket={tmp_path}/link/s"), f"{tmp_path}/s") == []
+    assert asked(SOUND.replace(".so", f".so socket={tmp_path}//s"), f"{tmp_path}/s") == []
 
 
 def test_a_file_that_includes_itself(tmp_path: Path) -> None:
@@ -326,71 +342,6 @@ def test_a_stack_that_cannot_be_read(tmp_path: Path) -> None:
     assert "is no stack" in worst_of(list(look_at_stack(scene(tmp_path))))[1]
 
 
-def test_other_services(tmp_path: Path) -> None:
-    """Those that ask us, those in vain, those that libpam refuses; files that packages left are none."""
-    (tmp_path / "sshd").write_text(SOUND)
-    assert list(look_at_services(scene(tmp_path))) == []
-    (tmp_path / "login").write_text("account required pam_adopt.so service=login\n")
-    (tmp_path / "sshd.dpkg-old").write_text("account required pam_adopt.so wrong\n")
-    (found,) = look_at_services(scene(tmp_path))
-    assert (found.grade, "also asked by login" in found.seen) == (Grade.OK, True)
-    (tmp_path / "cockpit").write_text(SOUND)
-    (tmp_path / "cron").write_text("account required pam_adopt.so wrong\n")
-    (tmp_path / "su").write_text("@include gone\n")
-    words = " ".join(each.seen for each in look_at_services(scene(tmp_path)) if each.grade is not Grade.OK)
-    assert "in the stack of cockpit it does nothing" in words
-    assert "in the stack of cron" not in words, "what is wrong with it is said"
-    assert "(service cron): 'wrong' is no option" in words
-    assert "libpam refuses: su" in words
-
-
-LINE = PamLine(Path("/etc/pam.d/sshd"), 3, "account", "required", "pam_adopt.so", ())
-IGNORED = PamLine(Path("/etc/pam.d/sshd"), 3, "account", RECOMMENDED.strip("[]"), "pam_adopt.so", ())
-FILE = (stat.S_IFREG | 0o644, 0)
-
-
-@pytest.mark.parametrize(
-    ("files", "line", "grade", "words"),
-    [
-        ([ModuleFile("/m", FILE, "")], LINE, Grade.OK, "loads"),
-        ([ModuleFile("/m", FILE)], LINE, Grade.OK, "only root"),
-        ([ModuleFile("/m", None)], LINE, Grade.FAILURE, "not even root"),
-        ([], LINE, Grade.FAILURE, "any directory of PAM modules"),
-        ([ModuleFile("/m", None)], IGNORED, Grade.FAILURE, "nobody is refused or adopted"),
-        ([ModuleFile("/m", FILE, "wrong ELF class")], LINE, Grade.FAILURE, "wrong ELF class"),
-        ([ModuleFile("/m", (stat.S_IFREG | 0o666, 0))], LINE, Grade.FAILURE, "mode 0666"),
-        ([ModuleFile("/m", (stat.S_IFREG | 0o644, 1000))], LINE, Grade.FAILURE, "uid 1000"),
-        ([ModuleFile("/m", (stat.S_IFDIR | 0o755, 0))], LINE, Grade.FAILURE, "not a regular file"),
-    ],
-)
-def test_the_module(files: List[ModuleFile], line: PamLine, grade: Grade, words: str) -> None:
-    """There, root's, and taken by the linker; what its absence does depends on the control."""
-    (found,) = judge_module(files, line)
-    assert found.grade is grade
-    assert words in found.seen
-
-
-def test_a_part_of_other_stacks_is_no_service(tmp_path: Path) -> None:
-    """What others include; and a service that has the lines of ours from there is not told of again and again."""
-    (tmp_path / "shared").write_text(SOUND)
-    for name in ("sshd", "login", "su", "cron"):
-        (tmp_path / name).write_text("@include shared\n")
-    (found,) = look_at_services(scene(tmp_path))
-    assert (found.grade, found.seen) == (
-        Grade.OK,
-        "does nothing for cron, login, su, which include the same lines",
-    )
-
-
-def test_many_services_are_one_finding(tmp_path: Path) -> None:
-    """One screen, whatever a script has done to a directory."""
-    (tmp_path / "sshd").write_text("account required pam_unix.so\n")
-    for number in range(40):
-        (tmp_path / f"s{number:02}").write_text("account required pam_adopt.so\n")
-    (found,) = look_at_services(scene(tmp_path))
-    assert "s00, s01, s02, s03 and 36 more" in found.seen
-
-
 @pytest.mark.parametrize(
     ("other", "grade", "words"),
     [
@@ -421,7 +372,6 @@ def test_without_a_file_of_its_own(tmp_path: Path, other: str, grade: Grade, wor
         (SOUND + "account required pam_permit.so a\0b\n", Grade.FAILURE, "a byte of zero"),
         (SOUND + f"account required pam_permit.so {'x' * 1100}\n", Grade.FAILURE, "longer than 1023"),
         (SOUND + f"account required pam_permit.so {'x' * 900}\n", Grade.OK, ""),
-        ("session required pam_adopt.so\n", Grade.WARNING, "those of the service other"),
     ],
 )
 def test_what_a_stack_comes_to(tmp_path: Path, stack: str, grade: Grade, words: str) -> None:
@@ -429,6 +379,127 @@ def test_what_a_stack_comes_to(tmp_path: Path, stack: str, grade: Grade, words: 
     found = findings(tmp_path, stack)
     assert worst(found) is grade, found
     assert any(words in each.seen for each in found if each.grade is grade)
+
+
+@pytest.mark.parametrize(
+    ("stack", "words"),
+    [
+        (SOUND + "session required pam_permit.so\n", "no account line but ours says yes"),
+        (SOUND + "account required pam_permit.so\n", "no session line but ours says yes"),
+        (SOUND + "account required pam_nologin.so\nsession required pam_permit.so\n", "no account line"),
+        (SOUND + "account sufficient pam_slurm_adopt.so\nsession required pam_permit.so\n", "no account line"),
+        ("account [success=1 default=ignore] pam_unix.so\naccount requisite pam_deny.so\n" + SOUND, "no account line"),
+        (SOUND + "account [success=ignore] pam_unix.so\nsession required pam_permit.so\n", "no account line"),
+        (SOUND + YES, ""),
+        (YES + SOUND, ""),
+        (COMMON_ACCOUNT + SOUND + "session optional pam_unix.so\n", ""),
+        (SOUND + "account sufficient pam_localuser.so\nsession required pam_unix.so\n", ""),
+    ],
+)
+def test_where_no_other_line_says_yes(tmp_path: Path, stack: str, words: str) -> None:
+    """libpam takes "ignore" alone for a no, which is what the module says of root: tried with libpam beside this."""
+    (tmp_path / "sshd").write_text(stack)
+    found = list(judge_stack("sshd", tmp_path / "sshd", lines_of("sshd", tmp_path)))
+    said = [each.seen for each in found if each.grade is Grade.FAILURE and "refuses root" in each.seen]
+    assert bool(said) == bool(words), found
+    assert not words or words in said[0]
+
+
+@pytest.mark.parametrize(
+    ("stack", "other", "words"),
+    [
+        ("session required pam_permit.so\n", "account required pam_deny.so\n", "pam_deny.so refuses everybody"),
+        ("session required pam_permit.so\n", "", "there is none either"),
+        ("session required pam_permit.so\n", "account required pam_permit.so\n", ""),
+        ("account required pam_permit.so\n", "session required pam_deny.so\n", "no session line"),
+        (YES, "account required pam_deny.so\n", ""),
+    ],
+)
+def test_where_libpam_takes_the_lines_of_other(tmp_path: Path, stack: str, other: str, words: str) -> None:
+    """For want of lines of a kind: those may refuse everybody."""
+    (tmp_path / "sshd").write_text(stack)
+    (tmp_path / "other").write_text(other)
+    found = list(judge_others(tmp_path / "sshd", lines_of("sshd", tmp_path), lines_of("other", tmp_path)))
+    assert [(each.grade, words in each.seen) for each in found] == ([(Grade.FAILURE, True)] if words else [])
+
+
+def test_lines_for_another_service(tmp_path: Path) -> None:
+    """In a file that both include: each goes by its own, and no other is told that it has too many."""
+    mine = "account required pam_adopt.so service=su\n"
+    (tmp_path / "shared").write_text(mine)
+    found = findings(tmp_path, "@include shared\n" + SOUND)
+    assert worst(found) is Grade.OK, found
+    (bad,) = (each for each in findings(tmp_path, "@include shared\n") if each.grade is Grade.FAILURE)
+    assert f"add lines with service=sshd to {tmp_path}/sshd" in bad.remedy
+    (bad,) = (each for each in findings(tmp_path, mine) if each.grade is Grade.FAILURE)
+    assert "add to that line" in bad.remedy
+    for name in ("su", "cron"):
+        (tmp_path / name).write_text("@include shared\n")
+    (tmp_path / "sshd").write_text(SOUND)
+    found = list(look_at_services(scene(tmp_path)))
+    assert worst(found) is Grade.OK, found
+    assert f"also asked by su ({tmp_path}/shared:1)" in found[0].seen
+
+
+@pytest.mark.parametrize(
+    ("stack", "effect"),
+    [("session required pam_adopt.so\n", "want of a job"), ("", "want of a job, or adopted")],
+)
+def test_without_an_account_line(tmp_path: Path, stack: str, effect: str) -> None:
+    """A session line adopts all the same: tried in the lab."""
+    (bad,) = (each for each in findings(tmp_path, stack) if each.grade is Grade.WARNING)
+    assert bad.seen.endswith(f"loads pam_adopt.so: nobody is refused for {effect}")
+
+
+@pytest.mark.parametrize("service", ["", "../passwd", "a/b", "."])
+def test_what_is_no_service(tmp_path: Path, service: str) -> None:
+    """Nothing is read by such a name."""
+    (found,) = look_at_stack(dataclasses.replace(scene(tmp_path), service=service))
+    assert (found.grade, "is no service's name" in found.seen) == (Grade.FAILURE, True)
+
+
+def test_what_is_no_pam_file_at_all(tmp_path: Path) -> None:
+    """As what a web server said in place of one: a few of its lines are told."""
+    found = findings(tmp_path, "<p>404</p>\n" * 60)
+    assert sum("is no stack" in each.seen for each in found) == 8
+    (bad,) = (each for each in found if "more lines" in each.seen)
+    assert (bad.grade, "52 more lines are wrong" in bad.seen) == (Grade.FAILURE, True)
+
+
+def test_a_stack_that_only_root_can_read(tmp_path: Path) -> None:
+    """To anybody else it is not known what is in it; to root it is wrong that it cannot be read."""
+    program = (
+        # The clone may be where only root can read.
+        "from pathlib import Path; from adoptd.config import Config; from adoptd.doctor.findings import Scene\n"
+        "from adoptd.doctor.pam import look_at_stack; from adoptd.doctor.services import look_at_services\n"
+        "import os, sys; os.setgroups([]); os.setgid(60001); os.setuid(60001)\n"
+        "d = Path(sys.argv[1]); scene = Scene(d / 'a', Config(), d, 'sshd', root=False)\n"
+        "print([(each.grade.name, each.seen) for each in (*look_at_stack(scene), *look_at_services(scene))])\n"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        (Path(name) / "sshd").write_text(SOUND + YES)
+        (Path(name) / "sshd").chmod(0o600)
+        command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{program}", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout == f"[('WARNING', '{name}/sshd: only root can read it')]\n"
+
+
+def test_no_directory_of_services(tmp_path: Path) -> None:
+    """Then libpam goes by the one file for all; beside a directory that file counts for nothing."""
+    (tmp_path / "pam.conf").write_text("# pam_adopt.so\nsshd account required pam_adopt.so\n")
+    there = scene(tmp_path / "pam.d")
+    (found,) = look_at_stack(there)
+    assert (found.grade, f"goes by {tmp_path}/pam.conf alone" in found.seen) == (Grade.FAILURE, True)
+    assert list(look_at_services(there)) == []
+    there.pam_directory.mkdir()
+    (there.pam_directory / "sshd").write_text(SOUND + YES)
+    for path in (there.pam_directory, there.pam_directory / "sshd"):
+        path.chmod(0o755)
+    (bad,) = (each for each in look_at_stack(there) if each.grade is not Grade.OK)
+    assert (bad.grade, "libpam does not read it" in bad.seen) == (Grade.WARNING, True)
+    (tmp_path / "pam.conf").write_text("# sshd account required pam_adopt.so\n")
+    assert worst(list(look_at_stack(there))) is Grade.OK
 
 
 def test_the_time_of_a_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adoptd.pam_lines import OPTIONS, AccountAlone, PamLine, adopt_lines, wrong_options
+from adoptd.pam_lines import OPTIONS, AccountAlone, PamLine, adopt_lines, is_for, wrong_options
 
 HOOK = Path(__file__).resolve().parents[2] / "pam_hook"
 
@@ -253,6 +253,10 @@ def test_includes_are_followed_by_kind(pam_d: Path) -> None:
         ("account required pam_adopt.so\nsession required pam_adopt.so\n", False),
         ("account required pam_adopt.so\n-session optional /lib/pam_adopt.so\n", False),
         ("account required pam_adopt.so\nsession optional pam_adopt.so MODE=observe\n", True),
+        ("account required pam_adopt.so\nsession required pam_adopt.so service=su\n", True),
+        ("account required pam_adopt.so service=SSHD\nsession required pam_adopt.so service=su\n", True),
+        ("account required pam_adopt.so\nsession required pam_adopt.so service=*\n", False),
+        ("account required pam_adopt.so service=su\n", False),
         ("account required pam_adopt.so\n@include common\n", False),
         ("session required pam_adopt.so\n", False),
         ("account required pam_unix.so\n", False),
@@ -293,3 +297,24 @@ def test_words_have_their_names_in_small_letters() -> None:
     """For whoever looks an option up; values stay as they are, a socket's path among them."""
     words = line("Action_Unknown=DENY", "SOCKET=/run/A.sock", "debug").words
     assert words == ("action_unknown=DENY", "socket=/run/A.sock", "debug")
+
+
+@pytest.mark.parametrize(
+    ("options", "service", "acts"),
+    [
+        ("", "sshd", True),
+        ("", "su", False),
+        ("service=su", "su", True),
+        ("service=su", "sshd", False),
+        ("service=SU", "su", True),
+        ("service=su", "SU", True),
+        ("service=*", "cron", True),
+        ("service=su service=sshd", "sshd", True),
+        ("service=", "sshd", False),
+    ],
+)
+def test_whom_a_line_is_for(tmp_path: Path, options: str, service: str, acts: bool) -> None:
+    """As in the module: in any case, and the last word counts."""
+    (tmp_path / service).write_text(f"account required pam_adopt.so {options}\n")
+    (line,) = adopt_lines(service, tmp_path)
+    assert is_for(line, service) is acts

@@ -7,6 +7,8 @@ nothing. Called through the table of checks.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -28,10 +30,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+# What the client says where nobody serves the socket.
+_NONE_RUNS = "no agent is running: "
+_USERS_ANEW = "systemctl restart adoptd adoptd-user.socket (whose ListenStream= is the same)"
 _DESCRIPTORS_ENOUGH = 4096
 _SYSTEMCTL_S = 3.0
 _SERVICE = "adoptd.service"
 _SOCKETS = ("adoptd.socket", "adoptd-user.socket", "adoptd-callerid.socket")
+# What systemd says of a unit that has a file it cannot make sense of, and of one that it does not start at a boot.
+_BROKEN = ("bad-setting", "error")
+_UNTIL_BOOT = ("disabled", "enabled-runtime")
 _PROPERTIES = "Id,LoadState,ActiveState,SubState,Result,UnitFileState,NRestarts,NeedDaemonReload"
 
 
@@ -41,6 +49,9 @@ def look_at_agent(scene: Scene) -> Iterator[Finding]:
     try:
         status = ask_agent(path, Command("status", {}))
     except AgentError as error:
+        if not scene.root and os.strerror(errno.EACCES) in str(error):
+            yield warning("agent", f"{error}: only root can ask it", "sudo adoptd doctor")
+            return
         yield from judge_silence(str(error), agent_pid(scene.settings.agent.pam_socket))
         return
     yield from judge_status(status, path, scene.settings)
@@ -66,8 +77,9 @@ def judge_silence(error: str, holder: Optional[int]) -> Iterator[Finding]:
     if holder is None:
         yield failure("agent", error, "systemctl start adoptd; journalctl -u adoptd says why it does not")
     else:
-        seen = f"an agent runs (pid {holder}) and cannot be asked: {error}"
-        yield failure("agent", seen, "its socket was removed or replaced: systemctl restart adoptd adoptd-user.socket")
+        seen = f"an agent runs (pid {holder}) and cannot be asked: {error.replace(_NONE_RUNS, '')}"
+        remedy = "its socket was removed or replaced, or [agent] user_socket changed: " + _USERS_ANEW
+        yield failure("agent", seen, remedy)
 
 
 def judge_status(status: Result, path: str, settings: Config) -> Iterator[Finding]:
@@ -187,6 +199,11 @@ def judge_units(units: List[Unit], callerid: bool) -> Iterator[Finding]:
         if unit.says("LoadState") == "masked":
             yield failure("service", f"{name} is masked", f"systemctl unmask {name}")
             continue
+        if unit.says("LoadState") in _BROKEN:
+            seen = f"{name} cannot be read by systemd ({unit.says('LoadState')}): it is not started again"
+            yield failure(
+                "service", seen, f"systemd-analyze verify {name}; a drop-in may be wrong: systemctl cat {name}"
+            )
         if name == _SERVICE:
             yield from _judge_service(unit)
         elif name in _SOCKETS[:1] or callerid or "callerid" not in name:
@@ -195,7 +212,7 @@ def judge_units(units: List[Unit], callerid: bool) -> Iterator[Finding]:
                 seen = f"{name} is {unit.says('ActiveState')}: while the agent is started again {what}"
                 remedy = f"systemctl stop adoptd; systemctl enable --now {name}; systemctl start adoptd"
                 yield warning("service", seen, remedy)
-            elif unit.says("UnitFileState") == "disabled":
+            elif unit.says("UnitFileState") in _UNTIL_BOOT:
                 yield warning(
                     "service", f"{name} is not enabled: it is gone after a reboot", f"systemctl enable {name}"
                 )
@@ -210,7 +227,7 @@ def _judge_service(unit: Unit) -> Iterator[Finding]:
     if state != "active":
         seen = f"{unit.name} is {state} ({unit.says('SubState')}, {unit.says('Result')})"
         yield failure("service", seen, "systemctl reset-failed adoptd; systemctl start adoptd; journalctl -u adoptd")
-    if unit.says("UnitFileState") == "disabled":
+    if unit.says("UnitFileState") in _UNTIL_BOOT:
         yield warning("service", f"{unit.name} is not enabled: it is gone after a reboot", "systemctl enable adoptd")
     elif state == "active":
         yield ok("service", f"{unit.name} is active, {unit.says('UnitFileState')}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _CLOCK_SHARE = 0.3
 # No socket has it: the question is about nobody's connection.
 _NOBODYS_PORT = 1
 _SSHD_PORT = 22
+_ONE_HOST = "--peer takes the name or the address of one host, without a user or a port; once more for another"
+_HOST = re.compile(r"[\w.-]+|[0-9a-fA-F:.]+(%\w+)?")
 
 
 @dataclass(frozen=True)
@@ -151,12 +154,13 @@ def look_at_peer(name: str) -> Callable[[Scene], Iterator[Finding]]:
         except (OSError, UnicodeError) as error:
             # UnicodeError: a part of the name that is empty, or too long for a name.
             seen = f"{name} is no host here: {getattr(error, 'strerror', None) or error}"
-            yield failure("peer", seen, f"getent hosts {name}; add it to /etc/hosts or the name service")
+            remedy = f"getent hosts {name}; add it to /etc/hosts or the name service"
+            yield failure("peer", seen, remedy if _HOST.fullmatch(name) else _ONE_HOST)
             return
         for address in addresses[:2]:
-            if address.is_loopback:
+            if _leads_here(address, section.port):
                 seen = f"{name} is {address} here: logins from it would be asked about at this node itself"
-                yield warning("peer", seen, f"give {name} its own address in /etc/hosts")
+                yield warning("peer", seen, f"give {name} its own address in /etc/hosts, or name another node")
                 continue
             try:
                 heard = within(_SEAL_S + _ASK_MS / 1000, lambda: ask(scene, address))  # noqa: B023 (waited for here)
@@ -240,9 +244,9 @@ def _judge_silence(at: str, port: int, connects: Optional[str]) -> Finding:
     if connects == "connected":
         seen = f"{at} takes connections, and gave no answer in {_ASK_MS} ms: the agent there hangs, or its munged does"
         return failure("peer", seen, "adoptd doctor there; systemctl restart munge adoptd")
-    seen = f"{at}: packets vanish ({connects or 'no answer'}): a firewall drops them instead of rejecting"
+    seen = f"{at}: packets vanish ({connects or 'no answer'}): the host is down, or a firewall drops them"
     rule = f"nft add rule inet filter input tcp dport {port} accept"
-    remedy = f"let TCP {port} through between nodes, or reject it: {rule}"
+    remedy = f"if ping reaches it: let TCP {port} through between nodes, or reject it: {rule}"
     return failure("peer", seen, remedy)
 
 
@@ -300,6 +304,15 @@ def _our_address(remote: IPAddress, port: int) -> IPAddress:
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.connect((str(remote), port))
         return ipaddress.ip_address(str(sock.getsockname()[0]).partition("%")[0])
+
+
+def _leads_here(address: IPAddress, port: int) -> bool:
+    """Whether it is an address of this node. What there is no way to at all is not."""
+    try:
+        ours = _our_address(address, port)
+    except OSError:
+        return False
+    return ours == address or ours.is_loopback
 
 
 def _connects(address: IPAddress, port: int) -> str:

@@ -30,14 +30,13 @@ def look_at_exporter(scene: Scene) -> Iterator[Finding]:
                 "metrics", "not exported: [metrics] enabled is false and textfile is empty", "set one of the two"
             )
         return
+    for path in filter(None, (section.tls_certificate, section.tls_key, section.tls_client_ca)):
+        if not os.path.isfile(path):
+            seen = f"{path} is {'no file' if os.path.lexists(path) else 'missing'}: the next start exports nothing"
+            yield failure("metrics", seen, "put it there, or take TLS out")
     if section.tls_client_ca:
         yield ok("metrics", "not fetched: that takes a client certificate, which is Prometheus's")
         return
-    for path in filter(None, (section.tls_certificate, section.tls_key)):
-        if not os.path.isfile(path):
-            yield failure(
-                "metrics", f"{path} is missing: the next start exports nothing", "put it there, or take TLS out"
-            )
     where = f"{own_address((section.listen,))} port {section.port}"
     try:
         status, body = _fetch(section)
@@ -55,7 +54,7 @@ def look_at_exporter(scene: Scene) -> Iterator[Finding]:
 def judge_textfile(path: str, age_s: Optional[float]) -> Iterator[Finding]:
     """It is written every few seconds."""
     if age_s is None:
-        yield warning("metrics", f"{path} is missing", "make its directory, writable by the agent (ReadWritePaths=)")
+        yield warning("metrics", f"{path} is missing", "make its directory, root's and in ReadWritePaths= of the unit")
     elif age_s > 300:
         yield warning("metrics", f"{path} is {age_s:.0f} s old", "systemctl restart adoptd; is the directory writable?")
     else:

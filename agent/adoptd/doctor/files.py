@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 from adoptd.doctor.findings import (
     FileRule,
@@ -21,6 +21,7 @@ from adoptd.doctor.findings import (
     fault_of,
     given_up,
     ok,
+    open_to_others,
     status_of,
     warning,
 )
@@ -85,6 +86,7 @@ def look_at_configuration(scene: Scene) -> Iterator[Finding]:
         fault = fault_of(status_of(str(path), follow=True), _FILE)
         if fault is None:
             sound.append(str(path))
+            yield from judge_above("configuration", path, (scene.file.parent, drop_ins))
         else:
             seen = f"{path} {fault}: whoever can write it decides who gets in"
             yield failure("configuration", seen, f"chown root:root {path} && chmod 0644 {path}")
@@ -100,9 +102,21 @@ def look_at_configuration(scene: Scene) -> Iterator[Finding]:
         yield ok("configuration", f"{', '.join(sound)}: root's to write")
 
 
+def judge_above(check: str, path: Path, judged: Sequence[Path] = ()) -> Iterator[Finding]:
+    """The directories above what ``path`` leads to, but for those that are ``judged``."""
+    for directory in path.resolve().parents:
+        fault = open_to_others(directory)
+        if fault is not None and directory not in judged:
+            seen = f"{directory} {fault}: others can put theirs in place of {path}"
+            yield failure(
+                check, seen, f"chown root:root {directory}; chmod go-w {directory}; or keep the file elsewhere"
+            )
+
+
 def _is_meant(name: str) -> bool:
     """Whether a file beside the drop-ins looks like one, and is not read. A README does not."""
-    return not name.endswith(".toml") and not name.startswith(".") and (".toml" in name or name.endswith(_LIKE_OURS))
+    meant = ".toml" in name.lower() or name.lower().endswith(_LIKE_OURS)
+    return meant and not name.endswith(".toml") and not name.startswith(".")
 
 
 def judge_directory(

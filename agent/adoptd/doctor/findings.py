@@ -16,7 +16,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Generic, Iterable, List, Optional, Sequence, Tuple, TypeVar
+from typing import Callable, Collection, Generic, Iterable, List, Optional, Sequence, Tuple, TypeVar
 
 from adoptd.config import Config
 
@@ -262,3 +262,14 @@ def fault_of(status: Optional[Tuple[int, int]], rule: FileRule, owners: Iterable
     if stat.S_IMODE(mode) & rule.refused_mode:
         return f"has mode {stat.S_IMODE(mode):04o}"
     return None
+
+
+def open_to_others(directory: Path, owners: Collection[int] = (0,)) -> Optional[str]:
+    """Why others than ``owners`` can put theirs in place of what is in it; None if they cannot, or it is not seen."""
+    try:
+        found = os.stat(directory)
+    except OSError:
+        return None
+    # What is root's in a sticky directory, as /tmp, stays; and root's group is root.
+    open_to = 0 if found.st_mode & stat.S_ISVTX else 0o002 if found.st_gid == 0 else 0o022
+    return fault_of((found.st_mode, found.st_uid), FileRule("a directory", open_to, stat.S_ISDIR), owners)

@@ -209,7 +209,7 @@ def judge_cgroups(found: Sequence[Hierarchy], namespace: str, controllers: Froze
     if not found:
         yield failure("cgroups", "no cgroup hierarchy is mounted", "mount -t cgroup2 cgroup2 /sys/fs/cgroup")
         return
-    layout = "hybrid" if v2 and v1 else "v2" if v2 else "v1"
+    layout = layout_of(found)
     places = [f"v2 at {each.mount_point}" for each in v2]
     if v1:
         labels = " ".join(sorted(each.label for each in v1))
@@ -221,6 +221,12 @@ def judge_cgroups(found: Sequence[Hierarchy], namespace: str, controllers: Froze
         if missing:
             seen = f"{v2[0].mount_point} has no controller {', '.join(sorted(missing))}: jobs cannot be limited by it"
             yield warning("cgroups", seen, "look at the kernel's command line for cgroup_disable=")
+
+
+def layout_of(found: Sequence[Hierarchy]) -> str:
+    """The hierarchies of this host in one word: v1, v2, or both as hybrid."""
+    kinds = {each.kind for each in found}
+    return "hybrid" if len(kinds) > 1 else "v2" if HierarchyKind.V2 in kinds else "v1"
 
 
 def _controllers(mount_point: str) -> FrozenSet[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from adoptd.doctor.ports import listening_rows
-from adoptd.doctor.processes import Running, holders_of, read, running
+from adoptd.doctor.processes import PROC, Running, holders_of, identity, read, running
 
 DEFAULT_FILE = "/etc/ssh/sshd_config"
 _BESIDE = Path("/etc/ssh")
@@ -23,6 +23,7 @@ _LISTENERS_MAX = 4
 _FILES_MAX = 64
 _FILE_MAX_BYTES = 1 << 20
 _INIT = 1
+_NULL = os.makedev(1, 3)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class ConfigFile:
         """Whether reading it ends."""
         return self.status is not None and stat.S_ISREG(self.status.st_mode)
 
+    @property
+    def is_endless(self) -> bool:
+        """Whether reading it may never end, or take all memory. The null device, which some give, is at its end, and a
+        directory, as "*" may match one, cannot be read at all."""
+        if self.status is None or stat.S_ISDIR(self.status.st_mode):
+            return False
+        return not self.is_regular and self.status.st_rdev != _NULL
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -64,7 +73,7 @@ class Setting:
 
 
 def listeners() -> Tuple[Listener, ...]:
-    """Those of our mount namespace, one for each way they were started: one that serves a login has another title."""
+    """Those that see our files, one for each way they were started: one that serves a login has another title."""
     found: Dict[Tuple[Started, str], Listener] = {}
     for process in running("sshd"):
         started = started_by(process.title)
@@ -104,9 +113,9 @@ def settings_of(file: str) -> List[Setting]:
     return list(_settings(file, []))
 
 
-def says(file: str, key: str) -> Optional[str]:
-    """Where ``key`` (lower-case) is set, as FILE:LINE; None where it is by default."""
-    return next((line.place for line in settings_of(file) if line.key == key), None)
+def says(file: str, key: str) -> Optional[Setting]:
+    """Where ``key`` (lower-case) is set, and to what; None where it is by default."""
+    return next((line for line in settings_of(file) if line.key == key), None)
 
 
 def _settings(file: str, seen: List[ConfigFile]) -> Iterator[Setting]:
@@ -122,14 +131,14 @@ def _settings(file: str, seen: List[ConfigFile]) -> Iterator[Setting]:
         return
     for number, line in enumerate(_text_of(file).splitlines(), 1):
         words = re.split(r"[ \t=]+", line.strip().partition("#")[0], maxsplit=1)
-        key, value = words[0].lower(), (words[1] if len(words) > 1 else "").strip().strip('"')
+        key, value = words[0].lower(), (words[1] if len(words) > 1 else "").strip()
         if key == "match":
             return
         if key == "include":
             for path in _included(value):
                 yield from _settings(path, seen)
         elif key:
-            yield Setting(f"{file}:{number}", key, value)
+            yield Setting(f"{file}:{number}", key, value.strip('"'))
 
 
 def _text_of(file: str) -> str:
@@ -142,9 +151,14 @@ def _text_of(file: str) -> str:
 
 def _included(patterns: str) -> List[str]:
     found: List[str] = []
-    for pattern in patterns.split():
-        found += sorted(glob.glob(str(_BESIDE / pattern.strip('"'))))
+    for quoted, plain in re.findall(r'"([^"]*)"|(\S+)', patterns):
+        found += sorted(glob.glob(str(_BESIDE / (quoted or plain))))
     return found
+
+
+def hidden_from(process: Running, paths: Sequence[str], proc: Path = PROC) -> List[str]:
+    """Those of ``paths`` that are here, and that the process sees nothing of, or another thing: its unit hides them."""
+    return [path for path in paths if identity(path) not in (None, identity(f"{proc}/{process.pid}/root{path}"))]
 
 
 def read_at_s(listener: Listener, pid_file: str) -> Optional[float]:

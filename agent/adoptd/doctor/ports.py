@@ -15,20 +15,23 @@ from typing import FrozenSet, Iterator, List, Optional, Sequence, Tuple
 import psutil
 
 from adoptd.doctor.findings import Finding, Scene, failure, ok, warning
-from adoptd.doctor.processes import PROC, holders_of, names_of, read
+from adoptd.doctor.processes import PROC, agent_pid, holders_of, names_of, read
 from adoptd.model import IPAddress
 
 _LISTEN = "0A"
+_INIT = 1
 
 
 @dataclass(frozen=True)
 class Listener:
-    """A port on which somebody listens here. ``holders``: names of programs, empty where they cannot be told."""
+    """A port on which somebody listens here. ``holders``: names of programs, with their ``pids``; empty where they
+    cannot be told."""
 
     address: IPAddress
     port: int
     holders: Tuple[str, ...] = ()
     uid: Optional[int] = None
+    pids: Tuple[int, ...] = ()
 
 
 def look_at_ports(scene: Scene) -> Iterator[Finding]:
@@ -40,21 +43,32 @@ def look_at_ports(scene: Scene) -> Iterator[Finding]:
     if metrics.enabled:
         wanted.append(("metrics", metrics.listen, metrics.port))
     ports = frozenset(port for _, _, port in wanted)
+    if metrics.enabled and not is_ours(metrics.listen):
+        seen = f"[metrics] listen is {metrics.listen}, which is no address of this host: nothing is exported"
+        yield failure("port", seen, "ip address; put this host's own there")
+    if section.enabled and metrics.enabled:
+        yield from judge_overlap(section.listen, section.port, metrics.listen, metrics.port)
     if section.enabled:
         yield from judge_addresses(section.listen, [each for each in section.listen if not is_ours(each)])
     yield from judge_loopback(_is_up("lo"))
     ipv6 = Path("/proc/net/if_inet6").exists()
-    yield from judge_ports(wanted, _listeners(ports, PROC), scene.settings.callerid.enabled, ipv6)
+    agent = agent_pid(scene.settings.agent.pam_socket) if scene.root else None
+    yield from judge_ports(wanted, _listeners(ports, PROC), scene.settings.callerid.enabled, ipv6, agent)
 
 
 def judge_ports(
-    wanted: List[Tuple[str, str, int]], found: List[Listener], callerid: bool, ipv6: bool = True
+    wanted: List[Tuple[str, str, int]],
+    found: List[Listener],
+    callerid: bool,
+    ipv6: bool = True,
+    agent: Optional[int] = None,
 ) -> Iterator[Finding]:
-    """``wanted``: what for, address and port."""
+    """``wanted``: what for, address and port. ``agent``: its pid, None where that is not known."""
     for what, address, port in wanted:
         there = ipaddress.ip_address(address)
         holders = [each for each in found if each.port == port and _keeps(each.address, there)]
         foreign = [each for each in holders if each.uid not in (0, None)]
+        others = [each for each in holders if agent is not None and each.pids and not {agent, _INIT} & set(each.pids)]
         if not holders:
             seen = f"nobody listens on {address} port {port} ({what})"
             if there.version == 6 and not ipv6:
@@ -71,6 +85,10 @@ def judge_ports(
             yield failure(
                 "port", seen, f"end it (ss -ltnp sport = :{port}); adoptd-callerid.socket keeps the port from users"
             )
+        elif others:
+            seen = f"{address} port {port} ({what}) is held by {', '.join(others[0].holders)}, and not by the agent"
+            remedy = f"end it or give it another port, or change [{what}] port; then systemctl restart adoptd"
+            yield (failure if what == "callerid" else warning)("port", seen, remedy)
         else:
             who = ", ".join(holders[0].holders)
             yield ok("port", f"{address} port {port} ({what}{': ' + who if who else ''})")
@@ -88,6 +106,15 @@ def judge_addresses(listen: Sequence[str], foreign: Sequence[str]) -> Iterator[F
     if all(ipaddress.ip_address(each).is_loopback for each in listen):
         seen = "[callerid] listen has loopback addresses alone: no other node can ask this one"
         yield warning("port", seen, 'listen = ["0.0.0.0", "::"], or this host\'s address in the cluster')
+
+
+def judge_overlap(listen: Sequence[str], port: int, metrics: str, metrics_port: int) -> Iterator[Finding]:
+    """Both of ours at one place: only one gets it."""
+    wanted = ipaddress.ip_address(metrics)
+    there = [each for each in map(ipaddress.ip_address, listen) if _keeps(each, wanted) or _keeps(wanted, each)]
+    if port == metrics_port and there:
+        seen = f"[metrics] port and [callerid] port are both {port} at {there[0]}: only one of the two can listen"
+        yield failure("port", seen, "put another into [metrics] port, such as 9830; systemctl restart adoptd")
 
 
 def is_ours(address: str) -> bool:
@@ -123,8 +150,8 @@ def _listeners(ports: FrozenSet[int], proc: Path) -> List[Listener]:
     rows = [row for row in listening_rows(proc) if row[1] in ports]
     holders = holders_of((inode for *_, inode in rows), proc)
     return [
-        Listener(address, port, tuple(names_of((pid,), proc) for pid in holders.get(inode, ())), uid)
-        for address, port, uid, inode in rows
+        Listener(address, port, tuple(names_of((pid,), proc) for pid in pids), uid, pids)
+        for address, port, uid, pids in ((*row[:3], holders.get(row[3], ())) for row in rows)
     ]
 
 

@@ -18,6 +18,7 @@ from typing import Iterator, Mapping, Optional, Sequence, Tuple
 from adoptd import probe
 from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, warning
 from adoptd.doctor.likeness import ask_child
+from adoptd.doctor.processes import read
 from adoptd.doctor.trial import TRIAL_PREFIX
 from adoptd.model import Connection, Endpoint, ProbeError
 from adoptd.probe.mounts import Mount, mounts
@@ -27,6 +28,10 @@ _REFUSED_SHARE = 0.01
 _PINS = FileRule("a directory", 0o077, stat.S_ISDIR)
 _CONNECT_S = 0.5
 _BTF = Path("/sys/kernel/btf/vmlinux")
+# A label takes some 200 bytes of it; the kernel's own default was never less than 10240, and is the other since 6.9.
+_OPTMEM_LEAST, _OPTMEM_WELL = 4096, 131072
+_OPTMEM = Path("/proc/sys/net/core/optmem_max")
+_RAISE_OPTMEM = f"raise net.core.optmem_max, and look below /etc/sysctl.d: sysctl -w net.core.optmem_max={_OPTMEM_WELL}"
 _READ_ONLY = "Read-only file system"
 # Of a self-test that could not be made.
 _LOOPBACK = "on the loopback: "
@@ -50,7 +55,7 @@ class ProbeFacts:
     """``problem`` and ``self_test``: None where all is well. ``watch``: why the watch is not there, None if it is.
 
     ``trial``: what became of loading one beside it: "" it works, None not tried. ``twins``: whether it looks for second
-    sockets with a connection's addresses, None if not known.
+    sockets with a connection's addresses, None if not known. ``optmem``: bytes that a socket may have for such.
     """
 
     schema: Optional[str]
@@ -63,6 +68,7 @@ class ProbeFacts:
     leftovers: Tuple[str, ...] = ()
     pins_fault: Optional[str] = None
     twins: Optional[bool] = None
+    optmem: Optional[int] = None
 
 
 def look_at_probe(scene: Scene) -> Iterator[Finding]:
@@ -80,7 +86,12 @@ def look_at_probe(scene: Scene) -> Iterator[Finding]:
 def judge_probe(facts: ProbeFacts, pin_dir: str) -> Iterator[Finding]:
     """The remedy depends on whether the kernel takes the probe at all."""
     if facts.pins_fault not in (None, "is missing"):
-        yield failure("probe", f"{pin_dir} {facts.pins_fault}, expected root's with mode 0700", f"chmod 0700 {pin_dir}")
+        seen = (
+            f"{pin_dir} {facts.pins_fault}, expected root's with mode 0700: a probe that others can reach is not used"
+        )
+        yield failure("probe", seen, f"chown root:root {pin_dir} && chmod 0700 {pin_dir}; systemctl restart adoptd")
+        # All else that does not work follows.
+        return
     if facts.problem is None and facts.self_test is None:
         seeded = "" if facts.seeded is not False else ", sockets older than it not labelled"
         second = "; another loads here, too" if facts.trial == "" else ""
@@ -104,6 +115,8 @@ def judge_probe(facts: ProbeFacts, pin_dir: str) -> Iterator[Finding]:
         remedy = "systemctl restart adoptd (or: adoptd probe load); slower witnesses are asked meanwhile"
         if _READ_ONLY in seen + why:
             remedy = _remount(pin_dir)
+        elif facts.optmem is not None and facts.optmem < _OPTMEM_LEAST:
+            why, remedy = f"; net.core.optmem_max is {facts.optmem}, too little for a label", _RAISE_OPTMEM
         elif _LOOPBACK in seen:
             remedy = "put right what is said of the loopback; the probe itself may be well"
         elif facts.trial:
@@ -113,7 +126,11 @@ def judge_probe(facts: ProbeFacts, pin_dir: str) -> Iterator[Finding]:
     # Any user can have a few of their own refused; they are nobody's then, and never another's.
     if refused > labelled * _REFUSED_SHARE:
         seen = f"of {refused + labelled} connections {refused} could not be labelled"
-        yield warning("probe", seen, "raise net.core.optmem_max: sysctl -w net.core.optmem_max=131072")
+        if facts.optmem is None or facts.optmem < _OPTMEM_WELL:
+            yield warning("probe", seen, _RAISE_OPTMEM)
+        else:
+            # Counted since the probe was loaded: it may be over.
+            yield ok("probe", f"{seen}; net.core.optmem_max is {facts.optmem} now, which is well")
     for path in facts.leftovers:
         yield warning("probe", f"{path} was left by an earlier doctor that was killed", f"rm -r {path}")
 
@@ -152,6 +169,7 @@ def _probe_facts(scene: Scene) -> ProbeFacts:
         pins_fault = fault_of((found.st_mode, found.st_uid), _PINS)
     except OSError:
         pins_fault = "is missing"
+    optmem = read(_OPTMEM).strip()
     return ProbeFacts(
         status.schema,
         status.problem,
@@ -163,6 +181,7 @@ def _probe_facts(scene: Scene) -> ProbeFacts:
         leftovers,
         pins_fault,
         twins,
+        int(optmem) if optmem.isdigit() else None,
     )
 
 

@@ -10,9 +10,9 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, FrozenSet, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Collection, Dict, FrozenSet, Iterable, Iterator, List, Optional, Tuple, Union
 
-from adoptd.process import started_ns
+from adoptd.process import started_ns, uids_in
 
 PROC = Path("/proc")
 
@@ -33,23 +33,24 @@ class Running:
     uid: int
 
 
-def running(part: str, proc: Path = PROC) -> Iterator[Running]:
-    """Processes that have ``part`` in their name and their file's, of our mount namespace: a container has other files.
+def running(part: str, owners: Collection[int] = (0,), proc: Path = PROC) -> Iterator[Running]:
+    """Processes of ``owners`` with ``part`` in their name and their file's that see our files: a container has others.
 
     Only root sees others' files; to anybody else only their own processes are there.
     """
-    ours = link(proc / "self/ns/mnt")
     for pid in pids(proc):
         # The one thing that is read of all of them: on a big node there are thousands.
         name = read(f"{proc}/{pid}/comm").strip()
         place = proc / str(pid)
-        if part not in name or link(place / "ns/mnt") != ours:
+        if part not in name or not _sees_our_files(place, proc / "self"):
             continue
         # By its file, too: a user can start a set-uid program of root's under any name, with any arguments.
         program = link(place / "exe")
         if part not in os.path.basename(program):
             continue
-        started = started_ns(pid, str(proc))
+        # Before its command line: anybody can have a program of that name, with one that nobody can read to its end.
+        uid = _owner(place)
+        started = started_ns(pid, str(proc)) if uid in owners else None
         if started is None:
             continue
         since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -60,7 +61,7 @@ def running(part: str, proc: Path = PROC) -> Iterator[Running]:
             program,
             time.time() - since_boot_s + started / 1e9,
             read(place / "stat").rpartition(")")[2].strip()[:1],
-            _owner(place),
+            uid,
         )
 
 
@@ -90,6 +91,11 @@ def holders_of(sockets: Iterable[int], proc: Path = PROC) -> Dict[int, Tuple[int
         for inode in {wanted[each] for each in map(link, _descriptors(proc / str(pid))) if each in wanted}:
             found[inode] = (*found.get(inode, ()), pid)
     return found
+
+
+def children_of(pid: int, proc: Path = PROC) -> Tuple[int, ...]:
+    """The processes that it started and that run still; none where the kernel does not tell."""
+    return tuple(int(word) for word in read(proc / str(pid) / "task" / str(pid) / "children").split())
 
 
 def names_of(found: Iterable[int], proc: Path = PROC) -> str:
@@ -124,6 +130,24 @@ def link(path: Union[Path, str]) -> str:
         return ""
 
 
+def identity(path: Union[Path, str]) -> Optional[Tuple[int, int]]:
+    """A file's device and inode; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _sees_our_files(place: Path, ours: Path) -> bool:
+    """In our mount namespace, or in one of its own on our files, as a unit's PrivateTmp= and the like make them."""
+    if link(place / "ns/mnt") == link(ours / "ns/mnt"):
+        return True
+    if any(link(place / "ns" / name) != link(ours / "ns" / name) for name in ("user", "pid", "net")):
+        return False
+    return all(identity(place / "root" / name) == identity(ours / "root" / name) for name in ("", "etc"))
+
+
 def _descriptors(place: Path) -> List[str]:
     try:
         return [f"{place}/fd/{name}" for name in os.listdir(place / "fd")]
@@ -133,13 +157,12 @@ def _descriptors(place: Path) -> List[str]:
 
 def _is_same_owner(place: Path, lock: str) -> bool:
     try:
-        return os.stat(place).st_uid == os.stat(lock).st_uid
+        return _owner(place) == os.stat(lock).st_uid
     except OSError:
         return False
 
 
 def _owner(place: Path) -> int:
-    try:
-        return os.stat(place).st_uid
-    except OSError:
-        return -1
+    """By its real uid, which no set-uid program changes; -1 if it is gone."""
+    uids = uids_in(read(place / "status").encode("utf-8", "replace"))
+    return -1 if uids is None else uids[0]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import FrozenSet, Iterator, List, Mapping, Sequence, Tuple
 
 from adoptd.doctor.findings import Finding, Scene, failure, ok, warning
-from adoptd.doctor.processes import PROC, agent_pid, capabilities_of
+from adoptd.doctor.processes import PROC, agent_pid, capabilities_of, identity
 from adoptd.doctor.slurm import is_slurm
 from adoptd.hierarchy import read_hierarchies
 from adoptd.model import JobManagerError
@@ -77,13 +77,18 @@ def judge_view(seen: Sequence[Seen]) -> Iterator[Finding]:
         yield failure("rights", text, remedy)
     shut = [each.path for each in seen if each.read_only and not each.hidden]
     if shut:
-        text = f"the agent cannot write below {', '.join(shut)}: no session is moved, or no probe is kept"
+        what = "no session is moved, no probe kept, or no metrics written"
+        text = f"the agent cannot write below {', '.join(shut)}: {what}"
         yield failure("rights", text, "ReadWritePaths= of the unit (systemctl cat adoptd); findmnt -o TARGET,OPTIONS")
 
 
 def _paths(scene: Scene) -> List[Tuple[str, bool]]:
     """What the agent has to see, and whether it has to write there."""
-    paths: List[Tuple[str, bool]] = [(str(scene.file), False)]
+    metrics = scene.settings.metrics
+    files = (scene.settings.seal.key_file, metrics.tls_certificate, metrics.tls_key, metrics.tls_client_ca)
+    paths: List[Tuple[str, bool]] = [(path, False) for path in (str(scene.file), *files) if path]
+    if metrics.textfile:
+        paths.append((str(Path(metrics.textfile).parent), True))
     if scene.settings.probe.enabled:
         paths.append((str(Path(scene.settings.probe.pin_dir).parent), True))
     try:
@@ -98,20 +103,12 @@ def _paths(scene: Scene) -> List[Tuple[str, bool]]:
 
 
 def _seen(path: str, root: Path, writing: bool) -> Seen:
-    ours, theirs = _identity(path), _identity(f"{root}{path}")
+    ours, theirs = identity(path), identity(f"{root}{path}")
     if ours is None:
         return Seen(path, hidden=False)
     if ours != theirs:
         return Seen(path, hidden=True)
     return Seen(path, hidden=False, read_only=writing and _is_read_only(f"{root}{path}"))
-
-
-def _identity(path: str) -> Optional[Tuple[int, int]]:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _is_read_only(path: str) -> bool:

@@ -11,7 +11,7 @@ import os
 import pwd
 import re
 import stat
-from typing import Iterator, Optional, Tuple
+from typing import Collection, Iterator, Optional, Tuple
 
 from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, status_of, warning
 from adoptd.doctor.processes import running
@@ -27,13 +27,18 @@ _MUNGE_SOCKET = "/run/munge/munge.socket.2"
 _TIME_ERROR = 5
 _TIMEX_BYTES = 512
 _MOMENT_S = 1.0
+_MUNGE_KEY_MIN_BYTES = 32
 
 _REMEDIES = {
     "munge": "systemctl restart munge, and look at journalctl -u munge",
     "key": "put the site's key there: install -m 0600 -o root adoptd.key /etc/adoptd/adoptd.key",
     "slurm": "give slurm.key the mode and owner that Slurm asks for (chmod 0600, chown to SlurmUser)",
-    "auto": "start munged, or make the key file: dd if=/dev/urandom bs=64 count=1 of=/etc/adoptd/adoptd.key",
+    # Never over one that is there (set -C): it may be the site's.
+    "auto": "start munged, or, where no node has a key yet, make one for all: "
+    "(umask 077; set -C; head -c 64 /dev/urandom >/etc/adoptd/adoptd.key)",
 }
+# A key file that is there, and not as it has to be.
+_UNFIT = re.compile(r"key file (/.*?) is (?!not to be opened)[^;]*; expected a regular file of root")
 
 
 def look_at_seal(scene: Scene) -> Iterator[Finding]:
@@ -86,6 +91,13 @@ def remedy_for(scheme: str, error: str) -> str:
     for words, remedy in _FAULTS:
         if words in error:
             return remedy
+    unfit = _UNFIT.search(error)
+    if unfit is not None and not os.path.basename(unfit[1]).startswith("slurm.") and scheme != "slurm":
+        key = unfit[1]
+        owned = f"give the key its mode and owner: chown root {key}; chmod 0600 {key}"
+        return f"{owned}; if it is damaged, copy another node's"
+    if unfit is not None:
+        return _REMEDIES["slurm"]
     socket = re.search(r'"(/[^"]+)"', error)
     if socket is not None and socket[1] != _MUNGE_SOCKET:
         named = f"{socket[1]} is where slurm.conf (AuthInfo) or [seal] munge_socket has munged's socket"
@@ -107,8 +119,10 @@ def look_at_keys(scene: Scene) -> Iterator[Finding]:
         yield from judge_key(
             _MUNGE_KEY, status_of(_MUNGE_KEY), (0, munge), needed=scene.settings.seal.scheme == "munge"
         )
-        started_s = max((daemon.started_s for daemon in running("munged") if daemon.uid in (0, munge)), default=None)
-        yield from judge_munged(_MUNGE_KEY, _changed_s(_MUNGE_KEY), started_s)
+        daemons = list(running("munged", (0, munge)))
+        started_s = max((daemon.started_s for daemon in daemons), default=None)
+        unfit = unfit_for_munged(_stat(_MUNGE_KEY), {daemon.uid for daemon in daemons} or {0, munge})
+        yield from judge_munged(_MUNGE_KEY, _changed_s(_MUNGE_KEY), started_s, unfit)
     if key_file is not None and site is not None:
         yield from judge_key(str(key_file), status_of(str(key_file)), (0, *site.owners), needed=False, group=True)
 
@@ -137,20 +151,45 @@ def judge_key(
         )
 
 
-def judge_munged(path: str, changed_s: Optional[float], started_s: Optional[float]) -> Iterator[Finding]:
-    """A daemon that has read another key than is there now; times by the wall clock, None where not known."""
+def unfit_for_munged(found: Optional[os.stat_result], owners: Collection[int]) -> Optional[str]:
+    """Why munged, which runs as one of ``owners``, would not start with this key; None if it would, or there is none.
+
+    It takes none that is root's unless it is root's itself, and none that is short (seen with munge 0.5.15).
+    """
+    if found is None or not stat.S_ISREG(found.st_mode):
+        return None
+    if found.st_size < _MUNGE_KEY_MIN_BYTES:
+        return f"is {found.st_size} bytes long, expected at least {_MUNGE_KEY_MIN_BYTES}"
+    if found.st_uid not in owners:
+        return f"is owned by uid {found.st_uid}, and munged runs as {min(owners)}"
+    return None
+
+
+def judge_munged(
+    path: str, changed_s: Optional[float], started_s: Optional[float], unfit: Optional[str] = None
+) -> Iterator[Finding]:
+    """A daemon that has read another key than is there now; times by the wall clock, None where not known. ``unfit``:
+    why it would not start with it."""
+    if unfit is not None:
+        seen = f"{path} {unfit}: munged does not start again with it"
+        yield warning("key", seen, f"put the cluster's key there: install -m 0400 -o munge -g munge KEY {path}")
     # When a process began is known to a hundredth of a second, and it reads its key a moment later.
-    if changed_s is not None and started_s is not None and changed_s > started_s + _MOMENT_S:
+    elif changed_s is not None and started_s is not None and changed_s > started_s + _MOMENT_S:
         seen = f"{path} was changed after munged started, which goes by the one before: after a restart it is another"
         yield warning("key", seen, "systemctl restart munge on all nodes that have the new key")
 
 
-def _changed_s(path: str) -> Optional[float]:
-    # Not the time of its inode, which a chown sets as well.
+def _stat(path: str) -> Optional[os.stat_result]:
     try:
-        return os.stat(path).st_mtime
+        return os.stat(path)
     except OSError:
         return None
+
+
+def _changed_s(path: str) -> Optional[float]:
+    # Not the time of its inode, which a chown sets as well.
+    found = _stat(path)
+    return None if found is None else found.st_mtime
 
 
 def look_at_clock(scene: Scene) -> Iterator[Finding]:
@@ -186,12 +225,12 @@ def _uid_of(name: str) -> Optional[int]:
 def look_at_munge_directories(scene: Scene) -> Iterator[Finding]:
     """munged refuses some of these, and libmunge believes whoever serves the socket."""
     munge = _uid_of("munge")
-    for path in ("/run/munge", "/etc/munge") if munge is not None and scene.root else ():
+    for path, what in (("/run/munge", "munged"), ("/etc/munge", "key")) if munge is not None and scene.root else ():
         status = status_of(path)
         fault = None if status is None else fault_of(status, _DIRECTORY, (0, munge or 0))
         if fault is not None:
             yield failure(
                 "key",
-                f"{path} {fault}: others can put a munged of theirs there",
+                f"{path} {fault}: others can put a {what} of theirs there",
                 f"chown munge {path}; chmod go-w {path}",
             )

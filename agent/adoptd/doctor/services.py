@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Sequence, Set, Tuple
 
 from adoptd.doctor.findings import Finding, Scene, failure, ok, warning
-from adoptd.doctor.pam import last_options
-from adoptd.pam_lines import MODULE, PamLine, lines_of, wrong_options
+from adoptd.pam_lines import MODULE, PamLine, is_for, lines_of, wrong_options
 
 # Of package managers and editors; to libpam they are services all the same, which nobody asks for.
 _LEFTOVERS = (".dpkg-old", ".dpkg-new", ".dpkg-dist", ".rpmsave", ".rpmnew", ".orig", ".bak", "~")
@@ -34,14 +33,22 @@ def look_at_services(scene: Scene) -> Iterator[Finding]:
         shared = {line.file for line in lines_of(scene.service, scene.pam_directory)}
     except OSError:
         shared = set()  # said by the look at the stack
-    stacks, unread = _stacks(scene)
+    names = _names(scene)
+    stacks, unread = _stacks(scene, names[:_SERVICES_MAX])
     yield from judge_services(stacks, shared)
     if unread:
         yield warning("pam", f"services that libpam refuses: {_few(unread)}", "put the named files right")
+    if len(names) > _SERVICES_MAX:
+        seen = f"{scene.pam_directory} has {len(names)} services: {_few(names[_SERVICES_MAX:])} were not looked at"
+        yield warning("pam", seen, "take away what is no service; adoptd doctor --service NAME looks at one")
 
 
 def judge_services(stacks: Dict[str, Sequence[PamLine]], shared: Set[Path]) -> Iterator[Finding]:
     """``stacks``: all lines by service. ``shared``: files that the service looked at is made of."""
+    # Of a line in a file that several include: it is there for the one that it names.
+    at_work = {
+        str(line) for name, stack in stacks.items() for line in stack if line.loads(MODULE) and is_for(line, name)
+    }
     parts = {line.file.name for name, stack in stacks.items() for line in stack if line.file.name != name}
     acting: List[str] = []
     faults: Dict[Tuple[str, str], List[str]] = {}
@@ -55,10 +62,10 @@ def judge_services(stacks: Dict[str, Sequence[PamLine]], shared: Set[Path]) -> I
         wrong = [(str(line), fault) for line in lines for fault in wrong_options(line)]
         for each in wrong:
             faults.setdefault(each, []).append(name)
-        ours = [line for line in lines if last_options(line).get("service", "sshd") in ("*", name)]
+        ours = [line for line in lines if is_for(line, name)]
         if ours:
             acting.append(f"{name} ({ours[0]})")
-        elif lines and all(line.file in shared for line in lines):
+        elif lines and all(line.file in shared or str(line) in at_work for line in lines):
             passing.append(name)
         elif lines and not wrong:
             idle.setdefault(lines[0], []).append(name)
@@ -77,14 +84,22 @@ def judge_services(stacks: Dict[str, Sequence[PamLine]], shared: Set[Path]) -> I
         yield ok("pam", f"does nothing for {_few(passing)}, which include the same lines")
 
 
-def _stacks(scene: Scene) -> Tuple[Dict[str, Sequence[PamLine]], List[str]]:
-    """The lines of all services but the one looked at, and those that cannot be read."""
+def _names(scene: Scene) -> List[str]:
+    """The services but the one looked at. A copy that somebody keeps beside one is called it and more."""
+    try:
+        found = sorted(entry.name for entry in scene.pam_directory.iterdir() if entry.is_file())
+    except OSError:
+        return []  # said by the look at the stack
+    known = {scene.service, *found}
+    copies = {name for name in found if name.endswith(_LEFTOVERS) or ("." in name and name.partition(".")[0] in known)}
+    return [name for name in found if name != scene.service and name not in copies]
+
+
+def _stacks(scene: Scene, names: Sequence[str]) -> Tuple[Dict[str, Sequence[PamLine]], List[str]]:
+    """The lines of these services, and those that cannot be read."""
     stacks: Dict[str, Sequence[PamLine]] = {}
     unread: List[str] = []
-    names = sorted(entry.name for entry in scene.pam_directory.iterdir() if not entry.name.endswith(_LEFTOVERS))
-    for name in names[:_SERVICES_MAX]:
-        if name == scene.service or not (scene.pam_directory / name).is_file():
-            continue
+    for name in names:
         try:
             stacks[name] = lines_of(name, scene.pam_directory)
         except OSError as error:

@@ -1,32 +1,38 @@
 """The doctor's look at Slurm's settings: those that an adoption depends on, and whether they are those of this node.
 
-Owns what is said of slurm.conf and cgroup.conf, as functions of their values. Changes nothing. Called through the table
-of checks.
+Owns what is said of slurmd, its files and who can change them; of the values in these, slurm_values does. Changes
+nothing. Called through the table of checks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, List, Mapping, Optional, Tuple
+from typing import Collection, Iterator, Mapping, Optional, Tuple
 
 from adoptd.config import Config
-from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, status_of, warning
-from adoptd.doctor.pam import last_options
-from adoptd.doctor.processes import PROC, read
+from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, open_to_others, status_of, warning
+from adoptd.doctor.processes import PROC, agent_pid, read
 from adoptd.doctor.role import is_login_node
-from adoptd.jobs.slurm_conf import SlurmSettings, values_of
+from adoptd.doctor.slurm_values import is_whole, judge_cgroup_conf, judge_values
+from adoptd.hierarchy import Hierarchy, read_hierarchies
+from adoptd.jobs.slurm_conf import CONF_FILES, SlurmSettings, values_of
 from adoptd.jobs.slurm_hosts import RunningSlurmd, find_slurmd
 from adoptd.model import JobManagerError
-from adoptd.pam_lines import adopt_lines
+from adoptd.pam_lines import adopt_lines, options_of
 from adoptd.slurm_callerid import NoWord, helper_at
 from adoptd.slurm_site import slurm_conf
 
 _SPOOL = FileRule("a directory", 0o022, stat.S_ISDIR)
 _CONF = FileRule("a regular file", 0o022, stat.S_ISREG)
 _STOPPED = "Tt"
+_VARIABLE = "SLURM_CONF"
+# Where a slurmd has what it fetched from the controller.
+_FETCHED = "/run/slurm/conf/slurm.conf"
 # On a host with several of them the configuration says which counts.
 _SEVERAL = RunningSlurmd(pid=-1)
 
@@ -43,7 +49,8 @@ class SlurmFacts:
 
     ``own_name``: what Slurm itself would call this node, whatever the agent's configuration says; "" where that is not
     known. ``stopped``: slurmd runs, and does nothing. ``seen``: whether we could see it if it runs.
-    ``asked``: lines of PAM that name a node, with that name.
+    ``asked``: lines of PAM that name a node, with that name. ``above``: directories that others can write, above a file
+    or the spool directory, with what is wrong. ``newer``: files that were changed since slurmd started.
     """
 
     settings: SlurmSettings
@@ -56,6 +63,10 @@ class SlurmFacts:
     stopped: bool = False
     seen: bool = True
     asked: Tuple[Tuple[str, str], ...] = ()
+    cgroup_conf: Optional[Tuple[int, int]] = None
+    hierarchies: Tuple[Hierarchy, ...] = ()
+    above: Tuple[Tuple[str, str, str], ...] = ()
+    newer: Tuple[str, ...] = ()
 
 
 def look_at_slurm(scene: Scene) -> Iterator[Finding]:
@@ -67,6 +78,14 @@ def look_at_slurm(scene: Scene) -> Iterator[Finding]:
         seen = "slurm.conf has no node of this host's name, and no slurmd runs: a login node"
         yield ok("slurm", f"{seen}, whose agent answers for the ssh clients here")
         return
+    slurmd = _slurmd()
+    named = scene.settings.jobs.slurm_conf or slurmd.conf_file
+    agents = None if named or not scene.root else _variable_of(agent_pid(scene.settings.agent.pam_socket))
+    told = list(judge_agents_variable(os.environ.get(_VARIABLE, ""), agents))
+    if told:
+        # All else would be of another file than the agent's.
+        yield from told
+        return
     try:
         found = slurm_conf(scene.settings).settings()
         values = {} if found.conf_file is None else values_of(found.conf_file)
@@ -75,8 +94,8 @@ def look_at_slurm(scene: Scene) -> Iterator[Finding]:
     except JobManagerError as error:
         yield failure("slurm", f"no job is found here: {error}", remedy_for(str(error)))
         return
-    slurmd = _slurmd()
     conf = None if found.conf_file is None else status_of(found.conf_file, follow=True)
+    files = tuple(str(each) for each in (found.conf_file, beside) if each is not None)
     status = read(PROC / str(slurmd.pid) / "stat").rpartition(")")[2].split() if slurmd.pid > 0 else []
     facts = SlurmFacts(
         found,
@@ -90,8 +109,50 @@ def look_at_slurm(scene: Scene) -> Iterator[Finding]:
         # Only root sees which process is slurmd's.
         scene.root,
         _names_in_pam(scene),
+        None if beside is None else status_of(str(beside), follow=True),
+        _hierarchies(),
+        tuple(each for path in (*files, found.spool_dir) for each in _open_above(path, found.trusted_uids)),
+        tuple(file for file in files if _is_newer(file, slurmd)),
     )
     yield from judge_slurm(facts)
+    # What the administrator names counts whatever slurmd does.
+    if found.conf_file is not None and not scene.settings.jobs.slurm_conf and scene.root:
+        yield from judge_slurmds_file(found.conf_file, *_file_of(slurmd))
+
+
+def judge_agents_variable(ours: str, agents: Optional[str]) -> Iterator[Finding]:
+    """SLURM_CONF of our environment and of the agent's, "" where it is not set; None: no agent, or of no matter."""
+    # It may name the file that is taken without it.
+    default = next((each for each in CONF_FILES if os.path.isfile(each)), "")
+    if agents is not None and os.path.realpath(agents or default) != os.path.realpath(ours or default):
+        seen = (
+            f"SLURM_CONF is {ours or 'not set'} here, and {agents or 'not set'} for the agent: nothing is said of Slurm"
+        )
+        yield warning("slurm", seen, f"env -u SLURM_CONF {f'SLURM_CONF={agents} ' if agents else ''}adoptd doctor")
+
+
+def judge_slurmds_file(file: str, slurmds: str, why: str) -> Iterator[Finding]:
+    """``file`` is the agent's; ``slurmds`` is slurmd's, "" if nothing says that it is another, and ``why`` it is."""
+    if slurmds and os.path.realpath(slurmds) != os.path.realpath(file):
+        seen = f"slurmd goes by {slurmds} ({why}), and the agent by {file}"
+        yield failure("slurm", seen, f'[jobs] slurm_conf = "{slurmds}"; or take away {file}')
+
+
+def _file_of(slurmd: RunningSlurmd) -> Tuple[str, str]:
+    """The slurm.conf that slurmd was told to go by other than with -f, and how; in its own order of precedence."""
+    words = read(PROC / str(slurmd.pid) / "cmdline").split("\0") if slurmd.pid > 0 else []
+    if any(word.startswith("--conf-server") for word in words):
+        return _FETCHED, "the controller's: --conf-server"
+    told = None if slurmd.conf_file else _variable_of(slurmd.pid)
+    return told or "", f"{_VARIABLE} of its environment"
+
+
+def _variable_of(pid: Optional[int]) -> Optional[str]:
+    """SLURM_CONF of a process of root's; None if there is no such."""
+    if not pid or pid < 0:
+        return None
+    found = [word for word in read(PROC / str(pid) / "environ").split("\0") if word.startswith(f"{_VARIABLE}=")]
+    return found[0].partition("=")[2] if found else ""
 
 
 def _names_in_pam(scene: Scene) -> Tuple[Tuple[str, str], ...]:
@@ -99,7 +160,7 @@ def _names_in_pam(scene: Scene) -> Tuple[Tuple[str, str], ...]:
         lines = adopt_lines(scene.service, scene.pam_directory)
     except OSError:
         return ()  # said by the look at PAM
-    named = ((str(line), last_options(line).get("nodename", "")) for line in lines)
+    named = ((str(line), options_of(line).get("nodename", "")) for line in lines)
     return tuple((line, name) for line, name in named if name)
 
 
@@ -108,6 +169,31 @@ def _slurmd() -> RunningSlurmd:
         return find_slurmd()
     except JobManagerError:
         return _SEVERAL
+
+
+def _hierarchies() -> Tuple[Hierarchy, ...]:
+    try:
+        return tuple(read_hierarchies())
+    except JobManagerError:
+        return ()  # said by the look at cgroups
+
+
+def _open_above(path: str, owners: Collection[int]) -> Iterator[Tuple[str, str, str]]:
+    """Directories above ``path`` in which others can put something in its place: which, what is wrong, ``path``."""
+    for directory in Path(path).resolve().parents:
+        fault = open_to_others(directory, owners)
+        if fault is not None:
+            yield str(directory), fault, path
+
+
+def _is_newer(file: str, slurmd: RunningSlurmd) -> bool:
+    if slurmd.pid <= 0:
+        return False
+    try:
+        since_s = time.time() - os.stat(file).st_mtime
+    except OSError:
+        return False
+    return since_s < time.clock_gettime(time.CLOCK_BOOTTIME) - slurmd.started_ns / 1e9
 
 
 def _own_name(settings: Config) -> str:
@@ -133,6 +219,10 @@ _REMEDIES: Tuple[Tuple[str, str], ...] = (
     ("no slurm.conf", "put it where slurmd has it, or name it: [jobs] slurm_conf; or set [jobs] backend to cgroup"),
     ("is no user of this host", "getent passwd must know that user: add it, or put the name service right"),
     ("No such file", "put {file} there, or take it out of what includes it"),
+    ("Permission denied", "let root read it: where a file server takes root for nobody, chmod a+rX {file} and above"),
+    ("Stale file handle", "mount again what it is on: findmnt -T {file}; systemctl restart adoptd"),
+    ("include each other", "take out the include that leads back to {file}"),
+    ("is not an absolute path", "SlurmdSpoolDir has to begin with /"),
     ("several", "name the one that counts: [jobs] slurm_node_name and slurm_conf"),
     ("", "put it right; until then logins go by action_generic_failure"),
 )
@@ -149,6 +239,10 @@ def judge_slurm(facts: SlurmFacts) -> Iterator[Finding]:
     found, where = facts.settings, facts.settings.conf_file or "slurm.conf"
     if found.conf_file is None:
         yield warning("slurm", "no slurm.conf here: its settings cannot be checked", "set [jobs] slurm_conf")
+    elif not is_whole(facts.values):
+        # Node name and spool directory are those of no file then.
+        yield from judge_values(where, facts.values)
+        return
     name = found.node_name
     if facts.own_name not in ("", name):
         seen = f"[jobs] slurm_node_name is {name}, and slurmd's is {facts.own_name}: no job of this node is found"
@@ -182,61 +276,20 @@ def judge_slurm(facts: SlurmFacts) -> Iterator[Finding]:
             "set [jobs] slurm_spool_dir to slurmd's SlurmdSpoolDir, or start slurmd" if "missing" in fault else owner
         )
         yield failure("slurm", seen, remedy)
-    conf_fault = fault_of(facts.conf, _CONF, found.trusted_uids) if facts.conf is not None else None
-    if conf_fault is not None:
-        yield failure(
-            "slurm", f"{where} {conf_fault}: others can change it", f"chown root {where} && chmod 0644 {where}"
-        )
+    beside = str(Path(where).with_name("cgroup.conf"))
+    for file, status in ((where, facts.conf), (beside, facts.cgroup_conf)):
+        fault = None if status is None else fault_of(status, _CONF, found.trusted_uids)
+        if fault is not None:
+            yield failure("slurm", f"{file} {fault}: others can change it", f"chown root {file} && chmod 0644 {file}")
+    for directory, fault, path in {each[0]: each for each in reversed(facts.above)}.values():
+        seen = f"{directory} {fault}: others can put something of theirs in place of {path}, or of what is in it"
+        yield failure("slurm", seen, f"chown root {directory} && chmod go-w {directory}")
+    if facts.newer:
+        seen = f"{', '.join(facts.newer)} changed since slurmd started: plug-ins named there count from its next start"
+        yield ok("slurm", seen)
     if found.conf_file is not None:
-        yield from _judge_values(where, facts.values, facts.cgroup)
-
-
-def _judge_values(where: str, values: Mapping[str, str], cgroup: Mapping[str, str]) -> Iterator[Finding]:
-    if not values.keys() & {"slurmctldhost", "controlmachine"}:
-        yield failure("slurm", f"{where} names no SlurmctldHost: it is not whole", "copy it from the controller again")
-        return
-    flags = {flag.strip().lower() for flag in values.get("prologflags", "").split(",")} - {""}
-    # X11 and the like imply contain (slurm.conf(5)).
-    if flags & {"contain", "x11"}:
-        yield ok("slurm", f"PrologFlags={values['prologflags']}")
-    else:
-        seen = f"{where}: PrologFlags lacks contain: jobs have no extern step, so every user has no job here"
-        yield failure("slurm", seen, "PrologFlags=contain on all nodes and the controller, then scontrol reconfigure")
-    tracking = values.get("proctracktype", "proctrack/cgroup").lower()
-    if _plugin(tracking) == "cgroup":
-        yield ok("slurm", "ProctrackType=proctrack/cgroup")
-    else:
-        seen = f"{where}: ProctrackType={tracking}: a step says yes to a session and leaves it where it is"
-        yield failure("slurm", seen, "ProctrackType=proctrack/cgroup, then restart slurmd on all nodes")
-    tasks = {_plugin(plugin) for plugin in values.get("taskplugin", "").split(",")}
-    if "cgroup" in tasks:
-        yield ok("slurm", f"TaskPlugin={values['taskplugin']}")
-    else:
-        seen = f"{where}: TaskPlugin lacks task/cgroup: sessions are in their job, and limited by nothing"
-        yield warning("slurm", seen, "TaskPlugin=task/cgroup,task/affinity, then restart slurmd")
-    held = [key for key in ("Cores", "RAMSpace", "SwapSpace", "Devices") if _is_yes(cgroup, f"constrain{key.lower()}")]
-    if "cgroup" in tasks and not held:
-        seen = "cgroup.conf constrains nothing: sessions are in their job, and limited by nothing"
-        yield warning("slurm", seen, "ConstrainCores=yes and ConstrainRAMSpace=yes in cgroup.conf")
-    elif held:
-        yield ok("slurm", f"constrained: {', '.join(held)}")
-    container = values.get("jobcontainertype", "")
-    facts: List[str] = []
-    if container and container.lower() != "job_container/none":
-        facts.append(f"JobContainerType={container}: sessions enter the job's namespaces")
-    if "x11" not in flags:
-        facts.append("no PrologFlags=x11: no DISPLAY is handed to sessions")
-    for fact in facts:
-        yield ok("slurm", fact)
-
-
-def _plugin(name: str) -> str:
-    # Later releases of Slurm take "cgroup" for "task/cgroup".
-    return name.strip().lower().rpartition("/")[2]
-
-
-def _is_yes(values: Mapping[str, str], key: str) -> bool:
-    return values.get(key, "no").lower() in ("yes", "true", "up", "1")
+        yield from judge_values(where, facts.values)
+        yield from judge_cgroup_conf(facts.values, facts.cgroup, facts.hierarchies)
 
 
 def look_at_fallback(scene: Scene) -> Iterator[Finding]:

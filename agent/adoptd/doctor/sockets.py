@@ -1,38 +1,42 @@
 """The doctor's look at the agent's sockets and the directory around them: whose they are, and who answers there.
 
-Owns the table of what each has to be, and the question to the kernel who listens (unix_diag): nobody is connected to.
-Changes nothing. Called through the table of checks.
+Owns the table of what each has to be. Who listens it has from the kernel: nobody is connected to, but the users' socket
+where the agent is not found by its lock. Changes nothing. Called through the table of checks.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import stat
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, Optional, Tuple
+from typing import Iterator, Optional, Tuple
 
-from adoptd.connections.netlink import NLM_F_DUMP, ask, attributes
-from adoptd.deadline import Deadline
+from adoptd.client import AgentError, ask_agent
 from adoptd.doctor.files import judge_directory
-from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, status_of, warning
+from adoptd.doctor.findings import (
+    FileRule,
+    Finding,
+    Scene,
+    TookTooLong,
+    failure,
+    fault_of,
+    ok,
+    status_of,
+    warning,
+    within,
+)
 from adoptd.doctor.processes import agent_pid, holders_of, names_of
+from adoptd.doctor.unix_sockets import bound_as, listening
 from adoptd.doors import PAM_MODE, USER_MODE
-from adoptd.model import ProtocolError
+from adoptd.wire.control import Command
 
 _ANEW = "systemctl stop adoptd; systemctl restart adoptd.socket adoptd-user.socket; systemctl start adoptd"
 # Beside the sockets: sessions and logins in progress, for the agent that comes next.
 _KEPT = ("sessions", "logins")
 _KEPT_RULE = FileRule("a directory", 0o077, stat.S_ISDIR)
 _INIT = 1
-# linux/sock_diag.h; linux/unix_diag.h: struct unix_diag_req, unix_diag_msg and unix_diag_vfs.
-_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
-_QUESTION, _ANSWER, _VFS = struct.Struct("=BBHIIIII"), struct.Struct("=4sI8x"), struct.Struct("=II")
-_LISTENING = 1 << 10
-_SHOW_VFS, _ATTRIBUTE_VFS = 2, 1
-_DIAG_MS = 1_000.0
+_ANSWER_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,18 +52,25 @@ def look_at_sockets(scene: Scene) -> Iterator[Finding]:
     """Where sshd and users ask."""
     agent = scene.settings.agent
     listeners = listening() if scene.root else None
-    ours = agent_pid(agent.pam_socket)
+    locked = agent_pid(agent.pam_socket)
+    # Who changes pam_socket in the files, or removes the lock, has an agent that nobody finds by it.
+    ours = answering(agent.user_socket) if locked is None and scene.root else locked
     for check, path, mode in (
         ("pam_socket", agent.pam_socket, PAM_MODE),
         ("user_socket", agent.user_socket, USER_MODE),
     ):
         status = status_of(path)
-        found = list(judge_socket(check, path, status, mode))
-        yield from found
+        above = Path(path).parent
+        if not scene.root and status_of(str(above)) is not None and not os.access(above, os.X_OK):
+            yield warning(check, f"{above}: only root can look into it", "sudo adoptd doctor")
+            continue
+        yield from judge_socket(check, path, status, mode)
         if status is not None and stat.S_ISSOCK(status[0]) and listeners is not None:
-            inode = listeners.get(identity(path))
+            inode = listeners.get(bound_as(path))
             holders = () if inode is None else holders_of((inode,)).get(inode, ())
             yield from judge_listener(check, path, inode is not None, holders, ours)
+            if check == "pam_socket" and locked is None and ours in holders:
+                yield from judge_lock(path, ours)
     for directory in dict.fromkeys(str(Path(path).parent) for path in (agent.pam_socket, agent.user_socket)):
         yield from judge_directory("run_directory", directory, status_of(directory))
         mode_there = status_of(directory)
@@ -76,7 +87,13 @@ def look_at_sockets(scene: Scene) -> Iterator[Finding]:
 def judge_socket(check: str, path: str, status: Optional[Tuple[int, int]], mode: int) -> Iterator[Finding]:
     """A socket of root's with exactly this mode."""
     if status is None:
-        yield failure(check, f"{path} is missing: nobody is asked there", _ANEW, cause="agent")
+        above = Path(path).parent
+        hides = (
+            f"findmnt {above}: what is mounted there hides what was; umount {above} if it is not meant to be; "
+            if above.is_mount()
+            else ""
+        )
+        yield failure(check, f"{path} is missing: nobody is asked there", hides + _ANEW, cause="agent")
         return
     found, owner = status
     if not stat.S_ISSOCK(found):
@@ -98,6 +115,22 @@ def judge_listener(
     elif holders and not {ours, _INIT} & set(holders):
         seen = f"{path}: {names_of(holders)} listens there, and not the agent: it decides who gets in"
         yield failure(check, seen, f"end it; rm {path}; {_ANEW}")
+
+
+def judge_lock(path: str, ours: Optional[int]) -> Iterator[Finding]:
+    """``ours`` is the agent, which nobody holds the lock of that is beside the socket."""
+    seen = f"{path}.lock is not the one that the agent (pid {ours}) holds: a second agent could take its sockets"
+    yield warning("pam_socket", seen, "it was removed or replaced: systemctl restart adoptd")
+
+
+def answering(path: str) -> Optional[int]:
+    """The agent's pid by its own word at the users' socket, which only root is believed; None if there is none."""
+    try:
+        said = within(_ANSWER_S, lambda: ask_agent(path, Command("configuration", {})))
+    except (AgentError, TookTooLong, RuntimeError):
+        return None
+    pid = said.get("pid")
+    return pid if isinstance(pid, int) else None
 
 
 def judge_kept(path: str, status: Optional[Tuple[int, int]]) -> Iterator[Finding]:
@@ -132,34 +165,3 @@ def _place(path: Path) -> Optional[Place]:
     blocks = found.f_bfree if found.f_blocks else 1
     inodes = found.f_ffree if found.f_files else 1
     return Place(blocks, inodes, bool(found.f_flag & os.ST_RDONLY))
-
-
-def identity(path: str) -> Tuple[int, int]:
-    """A file as unix_diag names it: its device in the kernel's form, and 32 bits of its inode."""
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return 0, 0
-    return os.major(found.st_dev) << 20 | os.minor(found.st_dev), found.st_ino & 0xFFFFFFFF
-
-
-def listening() -> Optional[Dict[Tuple[int, int], int]]:
-    """The inodes of the unix sockets that listen, by the file that they are bound to; None where it cannot be told."""
-    question = _QUESTION.pack(socket.AF_UNIX, 0, 0, _LISTENING, 0, _SHOW_VFS, 0, 0)
-    found: Dict[Tuple[int, int], int] = {}
-    try:
-        for answer in ask(
-            _NETLINK_SOCK_DIAG,
-            _SOCK_DIAG_BY_FAMILY,
-            question,
-            _SOCK_DIAG_BY_FAMILY,
-            Deadline.after_ms(_DIAG_MS),
-            NLM_F_DUMP,
-        ):
-            bound = attributes(answer[_ANSWER.size :]).get(_ATTRIBUTE_VFS)
-            if bound is not None:
-                file, device = _VFS.unpack_from(bound)
-                found[device, file] = _ANSWER.unpack_from(answer)[1]
-    except (OSError, ProtocolError, struct.error):
-        return None
-    return found

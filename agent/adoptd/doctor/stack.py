@@ -23,7 +23,12 @@ _ACTIONS = frozenset({"ignore", "ok", "done", "bad", "die", "reset"})
 # Modules that say yes to some only: a line of theirs that ends the stack lets those in whom it is there for.
 _GATES = frozenset(
     {"pam_access.so", "pam_succeed_if.so", "pam_listfile.so", "pam_localuser.so", "pam_exec.so", "pam_time.so"}
-    | {"pam_group.so", "pam_rootok.so", "pam_wheel.so", "pam_slurm_adopt.so", "pam_slurm.so", "pam_deny.so", MODULE}
+    | {"pam_group.so", "pam_rootok.so", "pam_wheel.so", "pam_usertype.so", "pam_slurm_adopt.so", "pam_slurm.so"}
+    | {"pam_deny.so", MODULE}
+)
+# Modules that leave it to others where they have nothing against somebody: they say PAM_IGNORE of root.
+_SILENT = frozenset(
+    {"pam_slurm_adopt.so", "pam_nologin.so", "pam_warn.so", "pam_motd.so", "pam_wheel.so", "pam_sepermit.so", MODULE}
 )
 # Modules of the account stack that refuse people for who they are, so may stand behind one of ours that does not.
 REFUSING = frozenset(
@@ -115,6 +120,18 @@ def shut_by(kind: str, stack: Sequence[PamLine]) -> Optional[PamLine]:
         if denies and action_for(line, _DENIED[kind]) in ("bad", "die") and reached(line, stack).reach is Reach.ALL:
             return line
     return None
+
+
+def is_silent(kind: str, stack: Sequence[PamLine]) -> bool:
+    """Whether no line of ``kind`` says yes to whom our module leaves to others: libpam takes that for a no."""
+    return not any(
+        line.kind == kind
+        and name_of(line) not in _SILENT
+        # A jump says nothing of its own (_pam_dispatch_aux).
+        and action_for(line, "success") in ("ok", "done")
+        and reached(line, stack).reach is not Reach.NONE
+        for line in stack
+    )
 
 
 def overshoots(line: PamLine, stack: Sequence[PamLine]) -> bool:

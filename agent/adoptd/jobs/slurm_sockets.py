@@ -22,7 +22,7 @@ from adoptd.model import JobFault, JobManagerError
 
 _COMPLAINTS_MAX = 1024
 # Any node's extern step; the last "." may be followed by a heterogeneous component.
-_SOCKET = re.compile(r"(.+)_([0-9]{1,10})\.([0-9]{1,10})(?:\.[0-9]{1,10})?", re.DOTALL)
+STEP_SOCKET = re.compile(r"(.+)_([0-9]{1,10})\.([0-9]{1,10})(?:\.[0-9]{1,10})?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class StepSockets:
             text = f"slurmd's spool directory {settings.spool_dir}: {error.strerror}"
             raise JobManagerError(text, JobFault.SPOOL_UNREADABLE) from None
         for name in names:
-            match = _SOCKET.fullmatch(name)
+            match = STEP_SOCKET.fullmatch(name)
             job_id = parse_job_id(match[2]) if match is not None else None
             if match is None or job_id is None or int(match[3]) not in EXTERN_STEPS:
                 continue
