@@ -22,6 +22,8 @@ from lab.runs import remove_run, supervisor_group
 from lab.waiting import until
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# When a signal is raised again that came where Python raises nothing.
+_AGAIN_S = 0.01
 # How often a supervisor that stays looks for orphans even if no signal told it to.
 REAP_INTERVAL_S = 60.0
 REAP_TIMEOUT_S = 5.0
@@ -40,6 +42,17 @@ def _stop(number: int, _frame: Optional[FrameType]) -> NoReturn:
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise Stopped(number)
+
+
+def _unraisable(lost: sys.UnraisableHookArgs) -> None:
+    """Of a signal that came in a destructor, or in Python's own hooks around a fork, the exception is only printed."""
+    stopped = lost.exc_value
+    if not isinstance(stopped, Stopped):
+        sys.__unraisablehook__(lost)
+        return
+    number = stopped.number
+    signal.signal(signal.SIGALRM, lambda *_: _stop(number, None))
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
 
 
 class Supervisor:
@@ -94,6 +107,7 @@ def _return_to(origin: Dict[str, str], group: Group) -> None:
 
 def _supervise(run_id: str, parent: int, to_parent: int, work: Callable[[Supervisor], int]) -> int:
     os.setsid()
+    sys.unraisablehook = _unraisable
     for number in SIGNALS:
         signal.signal(number, _stop)
     kernel.die_with_parent(signal.SIGTERM)

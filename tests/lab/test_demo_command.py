@@ -152,6 +152,32 @@ def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
     assert of_run(run_id) == []
 
 
+# A signal that comes while Python can raise nothing: in a destructor here, in its hooks around a fork in the demo.
+_UNHEARD = """
+import os, signal, time
+from lab.runs import new_run_id
+from lab.supervisor import run_supervised
+
+class Unheard:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+def work(supervisor):
+    Unheard()
+    time.sleep(200)
+    return 0
+
+raise SystemExit(run_supervised(new_run_id(), work))
+"""
+
+
+def test_a_signal_that_comes_at_a_bad_moment_is_heard() -> None:
+    done = subprocess.run([PYTHON, "-B", "-c", _UNHEARD], env=ENVIRONMENT, cwd="/", check=False, timeout=250)
+    assert done.returncode == 128 + signal.SIGTERM
+
+
 def test_sigkill_of_the_demo_leaves_nothing() -> None:
     """The supervisor hears of the death from the kernel. BPF programs go too, though nobody detached them."""
     with _started() as process:
