@@ -425,6 +425,8 @@ def test_a_key_is_never_destroyed_by_a_remedy(tmp_path: Path) -> None:
     [
         ("key", "/etc/adoptd/adoptd.key", "not to be opened (No such file or directory)", "put the site's key there"),
         ("key", "/etc/adoptd/adoptd.key", "a symbolic link", "put the file itself"),
+        ("key", "/etc/k", "0 bytes long", "install -m 0600 -o root adoptd.key /etc/k"),
+        ("auto", "/etc/k", "0 bytes long", "install -m 0600 -o root adoptd.key /etc/k"),
         # Of its owner Slurm's own daemons have a say.
         ("auto", "/etc/slurm/slurm.key", "of mode 0644", "give slurm.key the mode and owner that Slurm asks for"),
         ("slurm", "/opt/k", "of mode 0644", "give slurm.key the mode and owner that Slurm asks for"),

@@ -38,7 +38,7 @@ _REMEDIES = {
     "(umask 077; set -C; head -c 64 /dev/urandom >/etc/adoptd/adoptd.key)",
 }
 # A key file that is there, and not as it has to be.
-_UNFIT = re.compile(r"key file (/.*?) is (?!not to be opened)[^;]*; expected a regular file of root")
+_UNFIT = re.compile(r"key file (/.*?) is (?!not to be opened)([^;]*); expected a regular file of root")
 
 
 def look_at_seal(scene: Scene) -> Iterator[Finding]:
@@ -94,6 +94,8 @@ def remedy_for(scheme: str, error: str) -> str:
     unfit = _UNFIT.search(error)
     if unfit is not None and not os.path.basename(unfit[1]).startswith("slurm.") and scheme != "slurm":
         key = unfit[1]
+        if unfit[2].endswith("bytes long"):
+            return f"put the site's key there: install -m 0600 -o root adoptd.key {key}"
         owned = f"give the key its mode and owner: chown root {key}; chmod 0600 {key}"
         return f"{owned}; if it is damaged, copy another node's"
     if unfit is not None:
