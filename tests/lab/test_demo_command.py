@@ -193,10 +193,10 @@ def test_sigkill_of_the_demo_leaves_nothing() -> None:
 
 def test_sigkill_of_the_supervisor_leaves_nothing() -> None:
     """The waiting process clears up after it, and says that this was not as it should be."""
-    programs = connect_programs()
     with _started() as process:
         run_id = _id_once_up(process)
-        ours = connect_programs() - programs
+        ours = _programs_of(run_id)
+        assert ours
         os.kill(_supervisor_of(run_id), signal.SIGKILL)
         process.communicate(timeout=100)
         assert process.returncode == 128 + signal.SIGKILL

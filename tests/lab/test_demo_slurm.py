@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from typing import Iterator
-
 import pytest
 
 from lab.lab import Lab
-from lab.nodes import Cluster
 from lab.scenarios import SLURM_SCENARIOS, claim_of, run_scenario
-
-DAEMONS = ("slurmctld", "slurmd", "munged")
 
 NAMES = (
     "extern_step",
@@ -40,19 +33,6 @@ ALSO = (
     "keyboard_interactive",
     "job_end_kills_session",
 )
-
-
-@pytest.fixture(scope="module")
-def slurm_lab() -> Iterator[Lab]:
-    """Two compute nodes and a login node."""
-    missing = [name for name in DAEMONS if shutil.which(name) is None]
-    if missing:
-        text = f"the scenarios on Slurm cannot run here: not installed: {', '.join(missing)}"
-        if os.environ.get("CI"):
-            pytest.fail(text)
-        pytest.skip(text)
-    with Cluster(slurm=True) as cluster:
-        yield Lab(cluster)
 
 
 def test_the_names_are_the_promised_ones() -> None:

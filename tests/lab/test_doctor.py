@@ -22,7 +22,6 @@ from lab.etc_files import ALICE, User
 from lab.lab import Lab
 from lab.node import PYTHON, Node
 from lab.node_runner import SOURCE_IN_NODE
-from lab.nodes import Cluster
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -37,13 +36,6 @@ class Said(NamedTuple):
     check: str
     seen: str
     remedy: str
-
-
-@pytest.fixture(scope="module")
-def patient() -> Iterator[Lab]:
-    """A cluster of its own: others' must not be broken."""
-    with Cluster() as cluster:
-        yield Lab(cluster)
 
 
 # For what does not hang: a machine that is drowning makes everything slow.

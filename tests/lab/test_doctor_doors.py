@@ -17,7 +17,6 @@ from lab.etc_files import ALICE
 from lab.lab import Lab
 from lab.node import PYTHON, Node
 from lab.node_runner import SOURCE_IN_NODE
-from lab.nodes import Cluster
 from lab.test_doctor import (
     LIMIT_S,
     PATIENT,
@@ -35,13 +34,6 @@ from lab.test_doctor import (
 from lab.test_doctor_parts import AS_EVER, CONF, SSHD_CONFIG, agent_under, both, every, sshd_as
 
 pytestmark = pytest.mark.timeout(150)
-
-
-@pytest.fixture(scope="module")
-def patient() -> Iterator[Lab]:
-    """A cluster of its own: others' must not be broken."""
-    with Cluster() as cluster:
-        yield Lab(cluster)
 
 
 # ---- how a node is broken: each is undone on leaving

@@ -15,19 +15,11 @@ import pytest
 from lab.cgroups import V2
 from lab.etc_files import ALICE
 from lab.lab import Lab
-from lab.nodes import Cluster
 from lab.test_doctor import PATIENT, Case, bad, examined, file_with, owned
 
 pytestmark = pytest.mark.timeout(150)
 
 CONF = "/etc/adoptd/conf.d/50-jobs.toml"
-
-
-@pytest.fixture(scope="module")
-def patient() -> Iterator[Lab]:
-    """A cluster of its own: others' must not be broken."""
-    with Cluster() as cluster:
-        yield Lab(cluster)
 
 
 # ---- how jobs are broken: each is undone on leaving

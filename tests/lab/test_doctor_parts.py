@@ -16,7 +16,6 @@ import pytest
 from lab.etc_files import ALICE
 from lab.lab import Lab
 from lab.node import PYTHON, SSHD, Node
-from lab.nodes import Cluster
 from lab.test_doctor import PATIENT, Case, bad, examined, file_with, hidden, mode, moved_away, owned, pam, sshd, stopped
 from lab.waiting import until
 
@@ -27,13 +26,6 @@ AS_EVER = (SSHD, "-D", "-f", SSHD_CONFIG)
 CONF = "/etc/adoptd/conf.d/50-new.toml"
 # A module of the test's own to break, beside the clone's.
 MODULE = "/run/broken/pam_adopt.so"
-
-
-@pytest.fixture(scope="module")
-def patient() -> Iterator[Lab]:
-    """A cluster of its own: others' must not be broken."""
-    with Cluster() as cluster:
-        yield Lab(cluster)
 
 
 # ---- how a node is broken: each is undone on leaving

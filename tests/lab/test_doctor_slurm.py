@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Callable, ContextManager, Dict, Iterator
@@ -14,7 +13,6 @@ import pytest
 from lab.etc_files import ALICE
 from lab.lab import Lab
 from lab.node import PYTHON
-from lab.nodes import Cluster
 from lab.slurm_files import EXTERN_STEP
 from lab.test_doctor import PATIENT, Case, bad, examined, file_with, mode, moved_away, owned, pam, stopped
 from lab.test_doctor_parts import every, pipe_for
@@ -22,7 +20,6 @@ from lab.waiting import until
 
 pytestmark = pytest.mark.timeout(150)
 
-DAEMONS = ("slurmctld", "slurmd", "munged")
 CONF = "/etc/slurm/slurm.conf"
 PATHS = "/etc/slurm/paths.conf"
 CGROUP = "/etc/slurm/cgroup.conf"
@@ -32,16 +29,9 @@ TRIAL = "sleep 20"
 
 
 @pytest.fixture(scope="module")
-def patient() -> Iterator[Lab]:
+def patient(slurm_lab: Lab) -> Lab:
     """Two compute nodes and a login node."""
-    missing = [name for name in DAEMONS if shutil.which(name) is None]
-    if missing:
-        text = f"doctor on Slurm cannot be tried here: not installed: {', '.join(missing)}"
-        if os.environ.get("CI"):
-            pytest.fail(text)
-        pytest.skip(text)
-    with Cluster(slurm=True) as cluster:
-        yield Lab(cluster)
+    return slurm_lab
 
 
 def conf(change: Callable[[str], str], file: str = CONF) -> Callable[[Lab], ContextManager[None]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Iterator, List, Optional
@@ -16,29 +14,14 @@ from lab.cgroups import Group
 from lab.etc_files import PAM_TIMEOUT_MS
 from lab.lab import REPORT, Lab, Session
 from lab.node import LogTail
-from lab.nodes import Cluster
 from lab.waiting import until
 
-DAEMONS = ("slurmctld", "slurmd", "munged")
 MOVER = "/run/pam_mover.so"
 GO = "/home/alice/go"
 # Says where it is when it is told to go on; and in which cgroups it began.
 SESSION = (
     f"cat /proc/self/cgroup > {GO}.new; mv {GO}.new {GO}.began; while [ ! -e {GO} ]; do sleep 0.02; done; {REPORT}"
 )
-
-
-@pytest.fixture(scope="module")
-def slurm_lab() -> Iterator[Lab]:
-    """A compute cluster of Slurm's."""
-    missing = [name for name in DAEMONS if shutil.which(name) is None]
-    if missing:
-        text = f"the escapes on Slurm cannot run here: not installed: {', '.join(missing)}"
-        if os.environ.get("CI"):
-            pytest.fail(text)
-        pytest.skip(text)
-    with Cluster(slurm=True) as cluster:
-        yield Lab(cluster)
 
 
 @pytest.fixture(scope="module")

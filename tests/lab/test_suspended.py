@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from pathlib import Path
 from typing import Iterator, List, Sequence
 
@@ -13,10 +11,8 @@ import pytest
 from lab.etc_files import ALICE, ROOT, User
 from lab.job_kinds import CgroupJobs
 from lab.lab import NOBODY_IN, Lab
-from lab.nodes import Cluster
 from lab.slurm_cgroups import StepGroup
 from lab.slurm_daemons import SlurmDaemons
-from lab.test_demo_slurm import DAEMONS
 from lab.test_users import ctl, document, install_adoptctl
 from lab.waiting import until
 
@@ -24,18 +20,10 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
-def slurm_lab() -> Iterator[Lab]:
-    """Two compute nodes and a login node."""
-    missing = [name for name in DAEMONS if shutil.which(name) is None]
-    if missing:
-        text = f"the tests on Slurm cannot run here: not installed: {', '.join(missing)}"
-        if os.environ.get("CI"):
-            pytest.fail(text)
-        pytest.skip(text)
-    with Cluster(slurm=True) as cluster:
-        made = Lab(cluster)
-        install_adoptctl(made)
-        yield made
+def slurm_lab(slurm_lab: Lab) -> Lab:
+    """With adoptctl on its nodes."""
+    install_adoptctl(slurm_lab)
+    return slurm_lab
 
 
 def _slurm(lab: Lab) -> SlurmDaemons:

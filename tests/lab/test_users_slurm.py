@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 
 from lab.etc_files import ALICE
 from lab.lab import Lab
-from lab.nodes import Cluster
-from lab.test_demo_slurm import DAEMONS
 from lab.test_users import ADOPTCTL, document, field, held, install_adoptctl, job_of
 from lab.waiting import has_ended
 
 
 @pytest.fixture(scope="module")
-def slurm_lab() -> Iterator[Lab]:
-    """Two compute nodes and a login node."""
-    missing = [name for name in DAEMONS if shutil.which(name) is None]
-    if missing:
-        text = f"the tests on Slurm cannot run here: not installed: {', '.join(missing)}"
-        if os.environ.get("CI"):
-            pytest.fail(text)
-        pytest.skip(text)
-    with Cluster(slurm=True) as cluster:
-        made = Lab(cluster)
-        install_adoptctl(made)
-        yield made
+def slurm_lab(slurm_lab: Lab) -> Lab:
+    """With adoptctl on its nodes."""
+    install_adoptctl(slurm_lab)
+    return slurm_lab
 
 
 @pytest.mark.timeout(150)

@@ -264,6 +264,17 @@ def fault_of(status: Optional[Tuple[int, int]], rule: FileRule, owners: Iterable
     return None
 
 
+def bytes_of(path: str, most: int) -> Optional[bytes]:
+    """The first ``most`` bytes of a regular file; None where there is none, or it cannot be read."""
+    try:
+        # Never waits for a pipe's other end; what lies in a user's directory may be one by now.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with open(descriptor, "rb") as opened:
+        return opened.read(most) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+
+
 def open_to_others(directory: Path, owners: Collection[int] = (0,)) -> Optional[str]:
     """Why others than ``owners`` can put theirs in place of what is in it; None if they cannot, or it is not seen."""
     try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, open_to_others, warning
+from adoptd.doctor.findings import FileRule, Finding, Scene, bytes_of, failure, fault_of, ok, open_to_others, warning
 from adoptd.doctor.stack import Reach, action_for, name_of, reached
 from adoptd.pam_lines import MODULE, PamLine, lines_of
 
@@ -159,13 +159,13 @@ def _lack(module: str, kind: str) -> Optional[str]:
     if not any(map(os.path.isfile, paths)):
         return "is not there" if module.startswith("/") else "is in no directory of PAM modules"
     calls = _CALLS[kind][0]
-    texts = [_text_of(path) for path in paths]
+    texts = [bytes_of(path, _MODULE_MAX_BYTES) for path in paths]
     can = None in texts or any(calls in text for text in texts if text is not None)
     return None if can else f"{_NOTHING} for {kind} lines ({calls.decode()})"
 
 
 def _differ(path: str, other: str) -> bool:
-    first, second = _text_of(path), _text_of(other)
+    first, second = bytes_of(path, _MODULE_MAX_BYTES), bytes_of(other, _MODULE_MAX_BYTES)
     return first is not None and second is not None and first != second
 
 
@@ -198,19 +198,9 @@ def _module_file(path: str, root: bool, timeout_s: float) -> ModuleFile:
     above = [(str(each), fault) for each in directories for fault in (open_to_others(each),) if fault is not None]
     if above or not root or fault_of(status, _REGULAR) is not None:
         return ModuleFile(path, status, None, above)
-    text = _text_of(path)
+    text = bytes_of(path, _MODULE_MAX_BYTES)
     # One that cannot be read is said otherwise.
     return ModuleFile(path, status, _load_error(path, timeout_s), above, text is None or _OURS in text)
-
-
-def _text_of(path: str) -> Optional[bytes]:
-    try:
-        # Never waits for a pipe's other end; a module in a user's directory may be one by now.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with open(descriptor, "rb") as opened:
-        return opened.read(_MODULE_MAX_BYTES) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
 
 
 def _load_error(path: str, timeout_s: float) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from adoptd.doctor.files import judge_above, judge_directory
-from adoptd.doctor.findings import FileRule, Finding, Scene, failure, fault_of, ok, status_of, warning
+from adoptd.doctor.findings import FileRule, Finding, Scene, bytes_of, failure, fault_of, ok, status_of, warning
 from adoptd.doctor.listeners import (
     ConfigFile,
     Listener,
@@ -100,7 +100,7 @@ def look_at_sshd(scene: Scene) -> Iterator[Finding]:
         read_s = read_at_s(listener, values.get("pidfile", "none"))
         if read_s is not None:
             yield from judge_age(changed_since(files_of(listener.started.file), read_s))
-    if program is not None and _WRAPPED in _bytes_of(program):
+    if program is not None and _WRAPPED in (bytes_of(program, _PROGRAM_MAX_BYTES) or b""):
         yield from judge_wrappers(*(read(f"/etc/{file}") for file in ("hosts.allow", "hosts.deny")))
     for name in _OTHER_DOORS:
         others = [process.pid for process in running(name) if process.uid == 0]
@@ -295,14 +295,6 @@ def settings_in_force(program: str, started: Started, timeout_s: float) -> Tuple
         # Of these there is a line for each name.
         values[key] = f"{values[key]} {found}" if key in _CHOOSING and key in values else values.get(key, found)
     return values, None
-
-
-def _bytes_of(program: str) -> bytes:
-    try:
-        with open(program, "rb") as opened:
-            return opened.read(_PROGRAM_MAX_BYTES)
-    except OSError:
-        return b""
 
 
 def _word(file: Path) -> str:
